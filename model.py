@@ -1,0 +1,426 @@
+"""
+A GPT whose backward pass rebuilds its activations instead of storing them. All of the model is in this file.
+
+Depth is time: p_j, of shape (B, T, C), is the state that enters layer j, and f is what a transformer block adds to it.
+Every scheme is the same two-step recurrence, and what steps forward can be solved for where it came from:
+
+    p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
+    p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() beneath it
+
+So only the last two states are kept. The backward pass walks down the stack, evaluates f once a layer, and uses that
+one value twice: to rebuild p_prev, and for the gradients.
+
+The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for
+Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below; the shape of the code is nanoGPT's.
+"""
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# -----------------------------------------------------------------------------
+# the schemes: (a, b, c) of the recurrence, from the a and the step size h that a layer is given
+
+SCHEMES = {
+    'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
+    'midpoint':   lambda a, h: (1, 0, 2 * h),      # paper eq. 2.4
+    'midpoint_a': lambda a, h: (a, 1 - a, h),      # paper eq. 3.6
+    'leapfrog':   lambda a, h: (-1, 2, h * h),     # paper eq. 2.6: the wave equation, p'' = f(p)
+    'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8 and 2.9: f is attention and MLP in turn
+}
+DEFAULT_H = {'midpoint': 0.5, 'midpoint_a': 1.0, 'leapfrog': 0.5}  # measured: the README's comparison
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024                  # longest context, in tokens
+    vocab_size: int = 50304                 # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True                       # in linear layers and layer norms, as GPT-2 has them
+    scheme: str = 'leapfrog'                # a key of SCHEMES
+    h: float | list | None = None           # step size, a number or one a layer; None: the scheme's DEFAULT_H
+    a: float | list | str | None = None     # midpoint_a: a number or one a layer; None is 'random', as in the paper
+    stored_layers: int | None = None        # the last k layers keep their graph; None: 0, and all of 'standard'
+    exact: bool = True                      # states in fixed point, rebuilt bit for bit; False: in floats
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme '{self.scheme}': choose one of {', '.join(SCHEMES)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}')
+        if self.stored_layers is None:
+            self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
+        if not 0 <= self.stored_layers <= self.n_layer:
+            raise ValueError(f'stored_layers = {self.stored_layers} must lie between 0 and n_layer = {self.n_layer}')
+        if self.h is not None and self.scheme not in DEFAULT_H:
+            raise ValueError(f"scheme '{self.scheme}' has no step size: leave h out")
+        if self.a is not None and self.scheme != 'midpoint_a':
+            raise ValueError(f"scheme '{self.scheme}' has a fixed a: leave a out, or use scheme 'midpoint_a'")
+        if self.h is None:
+            self.h = DEFAULT_H.get(self.scheme)
+        if self.a is None and self.scheme == 'midpoint_a':
+            self.a = 'random'
+        for name, value in (('h', self.h), ('a', self.a)):
+            if isinstance(value, (list, tuple)) and len(value) != self.n_layer:
+                raise ValueError(f'{name} has {len(value)} numbers: give one, or n_layer = {self.n_layer} of them')
+            if isinstance(value, str) and (name, value) != ('a', 'random'):
+                raise ValueError(f"{name} = '{value}' must be a number or a list of numbers"
+                                 + (", or 'random'" if name == 'a' else ''))
+
+    def coefficients(self):
+        """(n, m, k, c) of every layer, for advance(): a = n / 2^k, b = m / 2^k. ValueError if a has no such form."""
+        a, h = (v if isinstance(v, (list, tuple)) else [v] * self.n_layer for v in (self.a, self.h))
+        result = []
+        for a_j, h_j in zip(a, h):
+            a_j, b, c = SCHEMES[self.scheme](a_j, h_j)
+            n, m, k = a_j, b, 0
+            if self.exact and self.scheme != 'standard':
+                n, denominator = float(a_j).as_integer_ratio() if math.isfinite(a_j) else (0, 1)
+                m, k = int(b * denominator), denominator.bit_length() - 1
+                if n % 2 == 0 or k > 8:
+                    raise ValueError(f'a = {a_j} cannot be undone exactly: it must be an odd number over a power of '
+                                     'two up to 256, such as 1, -1/2 = -0.5 or 3/4 = 0.75')
+            result.append((n, m, k, c))
+        return result
+
+# -----------------------------------------------------------------------------
+# the states: int64 with 32 fractional bits, because floats cannot undo an addition and integers can.
+# The functions take float states (exact=False) as well; the rebuilt ones then drift, as the paper's do.
+
+ONE = 2**32         # the number 1 in fixed point: a state spans -2^31 to 2^31 in steps of 2^-32
+
+def to_state(c, x, tape):
+    """c * x in the states' format, in memory of its own."""
+    x = x.detach().to(tape.dtype)
+    return (x * (c * ONE)).round_().long() if tape.exact else c * x
+
+def to_float(p, dtype):
+    return p.to(dtype).mul_(1 / ONE) if p.dtype == torch.int64 else p.clone()
+
+def combine(n, x, m, y):
+    """n * x + m * y in the memory of x. A pass over memory is what costs, so 1 * x and 0 * y are not computed."""
+    x = x if n == 1 else x.mul_(n)
+    return x if m == 0 else x.add_(y, alpha=m)
+
+def advance(p_prev, p, cf, n, m, k):
+    """
+    p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that its inverse needs.
+    States are (B, T, C), cf is c * f(p) in the states' units, a = n / 2^k and b = m / 2^k. Where a is a fraction
+    the sum s has to be divided by 2^k; the k bits of each element that the shift drops are remembered.
+    """
+    s = combine(n, p_prev, m, p)
+    bits = pack(s, k) if k else None
+    s = s.bitwise_right_shift_(k) if k else s
+    return s.add_(cf), bits
+
+def rebuild(p_next, p, cf, bits, n, m, k):
+    """
+    p_prev = (p_next - b * p - c * f(p)) / a, in the memory of p_next: every line of advance() undone, last one first.
+    int64 is arithmetic modulo 2^64, where an odd n has an inverse: dividing by n is a multiplication, without remainder.
+    """
+    s = p_next.sub_(cf)
+    s = s.bitwise_left_shift_(k).bitwise_or_(unpack(bits, k, s.shape)) if k else s
+    inverse = signed(pow(n, -1, 2**64)) if s.dtype == torch.int64 else 1 / n
+    return combine(inverse, s, signed(-inverse * m) if s.dtype == torch.int64 else -inverse * m, p)
+
+def signed(n):
+    """The integer n modulo 2^64, as int64 holds it."""
+    return (n + 2**63) % 2**64 - 2**63
+
+def pack(s, k):
+    """The low k bits of every element of s, in slots of 1, 2, 4 or 8 bits, several slots to a byte."""
+    slot = 1 << (k - 1).bit_length()
+    low = (s & (2**k - 1)).to(torch.uint8).flatten()
+    low = F.pad(low, (0, -low.numel() % (8 // slot))).view(-1, 8 // slot)
+    return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=s.device)).sum(1, dtype=torch.uint8)
+
+def unpack(bits, k, shape):
+    """The int64 tensor of this shape whose elements are the k-bit numbers that pack() packed."""
+    slot = 1 << (k - 1).bit_length()
+    low = bits[:, None] >> torch.arange(0, 8, slot, dtype=torch.uint8, device=bits.device)
+    return (low & (2**k - 1)).flatten()[:math.prod(shape)].view(shape).long()
+
+# -----------------------------------------------------------------------------
+# the hand-written backward
+
+def rng(device):
+    """The module that holds the random number generator of this kind of device."""
+    return torch if device.type == 'cpu' else torch.get_device_module(device)
+
+def evaluate(f, p, autocast):
+    """
+    p as the leaf of a graph of its own, and f(p) on top of it. The forward pass builds that graph too, only to drop
+    it: attention and torch.compile may choose other kernels, with other rounding, where no gradient is wanted.
+    """
+    p = p.detach().requires_grad_()
+    with torch.enable_grad(), torch.autocast(**autocast):
+        return p, f(p)
+
+class ReversibleStep(torch.autograd.Function):
+    """
+    One step: p_next = ReversibleStep.apply(p_prev, p, tape, f, (n, m, k, c), keep_graph, dropout, *weights of f).
+
+    The arguments p_prev and p, and the result, are float copies (B, T, C) that autograd strings together and nobody
+    saves. The states themselves are on the tape, which holds two of them at any time: forward moves the pair up by
+    one layer, backward moves it down again. With g for dL/dp, the adjoint of the recurrence is
+
+        g_prev += a * g_next
+        g      += b * g_next + c * J^T g_next          J = df/dp: one vector-Jacobian product
+
+    and each += is autograd's own: p is an argument of this step and of the next, and the embedding is both p_prev and
+    p of the first. The weights are arguments so that their gradients leave layer by layer: DistributedDataParallel
+    then sends them while the layers below are still at work, and a frozen embedding changes nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, p_prev, p, tape, f, coefficients, keep_graph, dropout, *weights):
+        ctx.tape, ctx.f, ctx.coefficients, ctx.depth, ctx.dtype = tape, f, coefficients, tape.depth, p.dtype
+        # What chooses the kernels must be the same when f is evaluated again. No cache, because the cast weights that
+        # autocast caches in a pass without gradients have no history, and would take it from the backward pass.
+        kind = p.device.type
+        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
+                            enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+        ctx.rng_state = rng(p.device).get_rng_state() if dropout else None
+        # Saving the weights copies nothing. It makes autograd refuse a backward pass after they have been changed.
+        ctx.save_for_backward(*weights)
+
+        p, fx = evaluate(f, p, ctx.autocast)
+        ctx.graph = (p, fx) if keep_graph else None
+        n, m, k, c = coefficients
+        tape.largest = torch.maximum(tape.largest, abs(c) * fx.detach().abs().amax())
+        p_next, ctx.bits = advance(tape.p_prev, tape.p, to_state(c, fx, tape), n, m, k)
+        tape.p_prev, tape.p, tape.depth = tape.p, p_next, tape.depth + 1
+        return to_float(p_next, p.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_next):
+        tape, weights, (n, m, k, c) = ctx.tape, ctx.saved_tensors, ctx.coefficients
+        if tape.depth != ctx.depth + 1:
+            raise RuntimeError('an earlier backward pass has used up these states: run forward again')
+        if ctx.graph:
+            p, fx = ctx.graph
+        else:
+            generator = rng(g_next.device)
+            now = generator.get_rng_state()
+            if ctx.rng_state is not None:
+                generator.set_rng_state(ctx.rng_state)
+            p, fx = evaluate(ctx.f, to_float(tape.p_prev, ctx.dtype), ctx.autocast)
+            generator.set_rng_state(now)
+        p_prev = rebuild(tape.p, tape.p_prev, to_state(c, fx, tape), ctx.bits, n, m, k)
+        tape.p_prev, tape.p, tape.depth = p_prev, tape.p_prev, ctx.depth
+        g_f, *g_weights = torch.autograd.grad(fx, (p, *weights), (c * g_next).to(fx.dtype))
+        a, b = n / 2**k, m / 2**k
+        return g_next if a == 1 else a * g_next, combine(1, g_f, b, g_next), None, None, None, None, None, *g_weights
+
+# -----------------------------------------------------------------------------
+# the loss: the logits of 1024 tokens at GPT-2's vocabulary take 200 MB in float32, many times the states
+
+LOSS_CHUNK = 1024   # tokens whose logits exist at one time
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross entropy in nats of the targets (N,) under softmax(x @ weight.T), x (N, C), weight (V, C), leaving out
+    targets of -1. The gradients of a chunk are computed while its logits are there, so no logits outlive their chunk
+    and none are computed twice. Sums are in float32 (or wider), and divided by the number of targets at the very end.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, with_grad):
+        kind, wide = x.device.type, torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        grad_x = torch.zeros_like(x, dtype=wide) if with_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad and weight.requires_grad else None
+        w = weight.detach().to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
+        w.requires_grad_(grad_weight is not None)
+        for i in range(0, len(x), chunk):
+            rows = slice(i, i + chunk)
+            with torch.set_grad_enabled(with_grad):
+                x_i = x[rows].detach().requires_grad_(with_grad)
+                logits = F.linear(x_i, w).to(wide)                                          # (chunk, V)
+                loss = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
+            total += loss.detach()
+            if with_grad:
+                loss.backward(inputs=[x_i] + [w] * w.requires_grad)
+                grad_x[rows] = x_i.grad
+                if grad_weight is not None:
+                    grad_weight += w.grad
+                    w.grad = None
+        count = (targets != -1).sum()
+        if with_grad:
+            ctx.save_for_backward(*(None if g is None else g.div_(count) for g in (grad_x, grad_weight)))
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        grad_x, grad_weight = ctx.saved_tensors
+        return g * grad_x, None if grad_weight is None else g * grad_weight, None, None, None
+
+# -----------------------------------------------------------------------------
+# GPT-2, with nanoGPT's names
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # queries, keys and values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x):
+        B, T, C = x.size()                                      # batch, tokens, channels: 12, 1024, 768 in GPT-2
+        q, k, v = self.c_attn(x).split(C, dim=2)                # each (B, T, C)
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)              # (B, nh, T, hs)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))     # the heads side by side again
+        return F.dropout(y, self.dropout, self.training)
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate='tanh')            # (B, T, 4C); GPT-2's GELU is the tanh one
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+class Block(nn.Module):
+    """A pre-norm block as the increment f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))): paper eq. 2.5."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def attention(self, x):
+        return self.attn(self.ln_1(x))
+
+    def feedforward(self, x):
+        return self.mlp(self.ln_2(x))
+
+    def forward(self, x):
+        y = self.attention(x)
+        return y + self.feedforward(x + y)
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        if config.a == 'random':                                # paper section 3: E[a] = 0, forward Euler on average
+            sign = torch.randint(2, (config.n_layer,)) * 2 - 1
+            a = sign + torch.rand(config.n_layer) - 0.5
+            config = replace(config, a=(a * 4).round().div(4).tolist())                 # quarters: two bits an element
+        self.config = config
+        self.coefficients = config.coefficients()
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight       # tied: one matrix reads tokens in and out
+        for name, weight in self.named_parameters():            # GPT-2's initialisation
+            if name.endswith('bias'):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:                             # 2 n_layer outputs are added up into the last state
+                deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
+                nn.init.normal_(weight, std=0.02 / deep)
+
+    def steps(self):
+        """(f, its weights, its coefficients, its layer) of every step, in the order of depth."""
+        for j, (block, coefficients) in enumerate(zip(self.transformer.h, self.coefficients)):
+            if self.config.scheme == 'symplectic':
+                yield block.attention, (*block.ln_1.parameters(), *block.attn.parameters()), coefficients, j
+                yield block.feedforward, (*block.ln_2.parameters(), *block.mlp.parameters()), coefficients, j
+            else:
+                yield block.forward, tuple(block.parameters()), coefficients, j
+
+    @torch.compiler.disable
+    def integrate(self, x):
+        """From the embedding to the last state, both (B, T, C)."""
+        config, grad = self.config, torch.is_grad_enabled()
+        first_stored = config.n_layer - config.stored_layers
+        if config.scheme == 'standard':
+            for f, _, _, j in self.steps():
+                x = x + (f(x) if j >= first_stored or not grad else checkpoint(f, x, use_reentrant=False))
+            return x
+
+        tape = SimpleNamespace(exact=config.exact, dtype=torch.promote_types(x.dtype, torch.float32), depth=0,
+                               largest=x.detach().abs().amax())
+        tape.p_prev, tape.p = to_state(1, x, tape), to_state(1, x, tape)
+        # rounded like every state, with gradients straight through; the paper leaves p_{-1} open: p_{-1} = p_0
+        p_prev = p = x + (to_float(tape.p, x.dtype) - x).detach()
+        for f, weights, coefficients, j in self.steps():
+            weights = [w for w in weights if w.requires_grad]
+            p_prev, p = p, ReversibleStep.apply(p_prev, p, tape, f, coefficients, grad and j >= first_stored,
+                                                config.dropout > 0 and self.training, *weights)
+        # integers know neither inf nor NaN, nor anything beyond 2^31: an increment that was one makes all of p NaN
+        return p + torch.where(tape.largest < 2**31, 0.0, math.nan).to(p.dtype) if config.exact else p
+
+    def hidden(self, idx):
+        """idx (B, T) tokens -> (B, T, C) after the final norm; logits of all positions are lm_head of it."""
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))    # (B, T, C)
+        return self.transformer.ln_f(self.integrate(x))
+
+    def forward(self, idx, targets=None):
+        """
+        idx (B, T) -> (logits of the last position (B, 1, V), None); with targets (B, T), of which those of -1 are
+        left out, (None, mean cross entropy in nats per target).
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None
+        return None, self.loss(x, targets)
+
+    def loss(self, x, targets, chunk=LOSS_CHUNK):
+        x, with_grad = x.flatten(0, 1), torch.is_grad_enabled()
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets.flatten(), chunk, with_grad)
+
+    def compile(self, *args, **kwargs):
+        """torch.compile of every f. The recurrence stays as it is: f is where the work is, and where it repeats."""
+        for block in self.transformer.h:
+            for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
+                setattr(block, name, torch.compile(getattr(block, name), *args, **kwargs))
+
+    def optimizer(self, weight_decay, learning_rate, betas, **kwargs):
+        """AdamW that decays matrices and leaves biases and norms alone."""
+        weights = [w for w in self.parameters() if w.requires_grad]
+        groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
+                  dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
+        fused = weights[0].device.type == 'cuda'
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) and max_new_tokens more; temperature 0 takes the likeliest, top_k draws from the k likeliest."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1]                       # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(F.softmax(logits.float() / temperature, dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx

@@ -1,0 +1,301 @@
+"""
+What must be true of model.py, on two CPU cores in about two minutes:  python -m pytest test_reversible.py
+
+1. exact: gradients with stored and with rebuilt activations are equal bit for bit, and so is every rebuilt state
+2. right: they are also the gradients of the recurrence, by an independent autograd version and by finite differences
+3. these checks can fail: each fault planted in a copy of model.py must be noticed
+4. small: between forward and backward nothing lives that grows with depth, except k bits an element where a = n / 2^k
+5. and the rest of what one expects of a GPT: the loss, causality, dtypes, compile, DistributedDataParallel, messages
+"""
+import gc
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_py
+
+B, T, V, L = 2, 16, 65, 4
+SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32)
+SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a'),
+           dict(scheme='midpoint_a', a=[0.5, -0.5, 1 / 16, -1.25], h=[0.7, 1.3, 1.0, 1.1]),
+           dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0])]
+LEAPFROG = SCHEMES[1]
+every_scheme = pytest.mark.parametrize('scheme', SCHEMES, ids=lambda s: ' '.join(str(v) for v in s.values()))
+
+def build(module=model_py, amplify=1, **kwargs):
+    """The same random weights at every call, with the blocks' matrices amplified to behave as trained ones do."""
+    torch.manual_seed(0)
+    model = module.GPT(module.GPTConfig(**{**SHAPE, **kwargs}))
+    with torch.no_grad():
+        for name, weight in model.transformer.h.named_parameters():
+            weight.mul_(amplify) if weight.dim() == 2 else weight.add_(0.1 * torch.randn(weight.shape))
+    return model
+
+def batch(rows=B):
+    tokens = torch.randint(V, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+def gradients(model, dtype=torch.float32, seed=2):
+    torch.manual_seed(seed)
+    with torch.autocast('cpu', dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        loss = model(*batch())[1]
+    loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+def error(got, want):
+    """The largest relative error of any weight's gradient, by its norm."""
+    assert got.keys() == want.keys()
+    return max(float((got[name] - want[name]).norm() / want[name].norm()) for name in want)
+
+# -----------------------------------------------------------------------------
+# 1. stored and rebuilt, bit for bit
+
+def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, compiled=False):
+    forward_states, rebuilt_states, results = [], [], []
+    advance, rebuild = module.advance, module.rebuild
+
+    def recording_advance(p_prev, *args):
+        forward_states.append(p_prev.clone())
+        return advance(p_prev, *args)
+
+    def recording_rebuild(*args):
+        rebuilt_states.append(rebuild(*args).clone())
+        return rebuilt_states[-1].clone()
+
+    module.advance, module.rebuild = recording_advance, recording_rebuild
+    try:
+        for stored_layers in (L, 1, 0):
+            model = build(module, amplify, dropout=dropout, stored_layers=stored_layers, **scheme)
+            if compiled:
+                model.compile()
+            results.append(gradients(model, dtype))
+            steps = 2 * L if scheme['scheme'] == 'symplectic' else L
+            assert len(forward_states) == len(rebuilt_states) == steps
+            while forward_states:
+                assert torch.equal(forward_states.pop(), rebuilt_states.pop(0)), 'a rebuilt state differs'
+    finally:
+        module.advance, module.rebuild = advance, rebuild
+    for result in results[1:]:
+        for name, grad in results[0].items():
+            assert grad.isfinite().all() and torch.equal(grad, result[name]), f'the gradient of {name} differs'
+
+@every_scheme
+@pytest.mark.parametrize('amplify', [1, 8])
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_stored_and_rebuilt_gradients_are_the_same_bits(scheme, dtype, dropout, amplify):
+    if dtype == torch.float64:
+        torch.set_default_dtype(dtype)
+    try:
+        check_exact(model_py, scheme, dtype, dropout, amplify)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+# -----------------------------------------------------------------------------
+# 2. the right gradients: a recurrence written again, here, for ordinary autograd
+
+class StraightThrough(torch.autograd.Function):
+    """Any rounding of x, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x, rounding):
+        return rounding(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+def increments(model):
+    for block in model.transformer.h:
+        def attention(x, block=block):
+            return block.attn(block.ln_1(x))
+
+        def mlp(x, block=block):
+            return block.mlp(block.ln_2(x))
+
+        if model.config.scheme == 'symplectic':
+            yield from (attention, mlp)
+        else:
+            yield lambda x, attention=attention, mlp=mlp: attention(x) + mlp(x + attention(x))
+
+def autograd_loss(model, scheme, exact):
+    """The paper's equations as they are written there, the states in float64, on a grid of 2^-32 where exact."""
+    def grid(x, down=False):
+        return StraightThrough.apply(x, lambda y: (y * 2**32).floor() / 2**32 if down
+                                     else (y * 2**32).round() / 2**32) if exact else x
+
+    dtype = model.lm_head.weight.dtype
+    idx, targets = batch()
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T))
+    h = model.config.h if isinstance(model.config.h, list) else [model.config.h] * L
+    a = model.config.a if isinstance(model.config.a, list) else [model.config.a] * L
+    old = new = grid(x.double())
+    for j, f in enumerate(increments(model)):
+        fx = f(new.to(dtype)).double()
+        if scheme['scheme'] == 'midpoint':
+            following = old + grid(2 * h[j] * fx)
+        elif scheme['scheme'] == 'leapfrog':
+            following = 2 * new - old + grid(h[j]**2 * fx)
+        elif scheme['scheme'] == 'symplectic':
+            following = old + grid(fx)
+        else:
+            following = grid(a[j] * old + (1 - a[j]) * new, down=True) + grid(h[j] * fx)
+        old, new = new, following
+    x = model.transformer.ln_f(new.to(dtype))
+    return F.cross_entropy(F.linear(x, model.transformer.wte.weight).flatten(0, 1), targets.flatten())
+
+def check_against_autograd(module, scheme, stored_layers=0, amplify=1):
+    model = build(module, amplify, stored_layers=stored_layers, **scheme)
+    got = gradients(model)
+    reference = build(module, amplify, **scheme)
+    autograd_loss(reference, scheme, exact=True).backward()
+    assert error(got, {name: weight.grad for name, weight in reference.named_parameters()}) < 1e-5
+
+@every_scheme
+@pytest.mark.parametrize('amplify', [1, 8])
+@pytest.mark.parametrize('stored_layers', [0, 1, L])
+def test_exact_gradients_are_those_of_the_recurrence(scheme, stored_layers, amplify):
+    check_against_autograd(model_py, scheme, stored_layers, amplify)
+
+@every_scheme
+@pytest.mark.parametrize('amplify', [1, 8])
+def test_float64_gradients_equal_autograd(scheme, amplify):
+    damped = scheme['scheme'] == 'midpoint_a'       # |a| < 1 amplifies the error of a float inverse: rebuild nothing
+    for stored_layers in [L] if damped else [0, 1, L]:
+        model = build(amplify=amplify, exact=False, stored_layers=stored_layers, **scheme).double()
+        got = gradients(model)
+        reference = build(amplify=amplify, exact=False, **scheme).double()
+        autograd_loss(reference, scheme, exact=False).backward()
+        assert error(got, {name: weight.grad for name, weight in reference.named_parameters()}) < 1e-10
+
+@every_scheme
+def test_directional_derivative_by_finite_differences(scheme):
+    model = build(amplify=4, exact=False, stored_layers=L, **scheme).double()
+    grads, direction, eps = gradients(model), {}, 1e-5
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            direction[name] = torch.randn(weight.shape, dtype=weight.dtype) * weight.std()
+        losses = []
+        for step in (eps, -2 * eps):
+            for name, weight in model.named_parameters():
+                weight += step * direction[name]
+            losses.append(model(*batch())[1])
+    slope = sum((grads[name] * direction[name]).sum() for name in grads)
+    assert abs((losses[0] - losses[1]) / (2 * eps) - slope) < 1e-6 * abs(slope)
+
+# -----------------------------------------------------------------------------
+# 3. planted faults
+
+FAULTS = {
+    'a sign in the inverse': (
+        's = p_next.sub_(cf)', 's = p_next.add_(cf)', lambda m: check_exact(m, LEAPFROG)),
+    'another dropout mask': (
+        'generator.set_rng_state(ctx.rng_state)', 'pass', lambda m: check_exact(m, LEAPFROG, dropout=0.1)),
+    'the remembered bits lost': (
+        '.bitwise_or_(unpack(bits, k, s.shape))', '', lambda m: check_exact(m, SCHEMES[4])),
+    'f evaluated again outside autocast': (
+        'ctx.dtype), ctx.autocast)', 'ctx.dtype), dict(ctx.autocast, enabled=False))',
+        lambda m: check_exact(m, LEAPFROG, torch.bfloat16)),
+    'the embedding not rounded': (
+        'x + (to_float(tape.p, x.dtype) - x).detach()', 'x', lambda m: [check_exact(m, scheme) for scheme in SCHEMES]),
+    'b dropped from the adjoint': (
+        'combine(1, g_f, b, g_next)', 'g_f', lambda m: check_against_autograd(m, LEAPFROG)),
+    'a flipped in the adjoint': (
+        'g_next if a == 1 else a * g_next', '-a * g_next', lambda m: check_against_autograd(m, LEAPFROG)),
+    'dL/dx without g_{-1}': (
+        'p, ReversibleStep.apply(p_prev, p, tape', 'p, ReversibleStep.apply(p_prev.detach() if p_prev is p else p_prev, p, tape',
+        lambda m: check_against_autograd(m, SCHEMES[0])),
+    'dL/dx without g_0': (
+        'p, ReversibleStep.apply(p_prev, p, tape', 'p, ReversibleStep.apply(p_prev, p.detach() if p_prev is p else p, tape',
+        lambda m: check_against_autograd(m, SCHEMES[0])),
+}
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_planted_fault_is_noticed(fault, tmp_path):
+    right, wrong, check = FAULTS[fault]
+    with open(model_py.__file__) as file:
+        source = file.read()
+    assert source.count(right) == 1, f'model.py has changed: plant this fault anew ({right})'
+    path = tmp_path / 'faulty.py'
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location('faulty', path)
+    faulty = importlib.util.module_from_spec(spec)
+    sys.modules['faulty'] = faulty                  # where dataclass looks for the module
+    spec.loader.exec_module(faulty)
+    with pytest.raises(AssertionError):
+        check(faulty)
+
+# -----------------------------------------------------------------------------
+# 4. what lives between forward and backward
+
+class Saved:
+    """What autograd holds in place of a saved tensor, so that one can count those which are still held."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()     # not to hold the graph that holds this
+
+def alive(scheme, n_layer):
+    """Bytes of int64 states, packed bits, RNG states and all else but weights, that live when forward has ended."""
+    model = build(n_layer=n_layer, dropout=0.1, **scheme)
+    idx, targets = batch()
+    gc.collect()
+    known = {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)}
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        loss = model(idx, targets)[1]
+    objects = gc.get_objects()
+    found = [x for x in objects if type(x) is torch.Tensor] + [x.tensor for x in objects if type(x) is Saved]
+    sizes = dict(states=0, bits=0, rng=0, others=0)
+    for storage, x in {x.untyped_storage().data_ptr(): x for x in found}.items():
+        if storage in known:
+            continue
+        kind = ('states' if x.dtype == torch.int64 and x.shape == (B, T, 32) else 'others' if x.dtype != torch.uint8
+                else 'rng' if x.nbytes == torch.get_rng_state().nbytes else 'bits')
+        sizes[kind] += x.nbytes
+    loss.backward()
+    return sizes
+
+@pytest.mark.parametrize('scheme, k', [(SCHEMES[0], 0), (LEAPFROG, 0), (SCHEMES[2], 0),
+                                       *[(dict(scheme='midpoint_a', a=1 / 2**k), k) for k in (1, 2, 4, 8)]])
+def test_only_the_last_pair_and_the_bits_live_until_backward(scheme, k):
+    few, many, elements = alive(scheme, 2), alive(scheme, 12), B * T * 32
+    assert few['states'] == many['states'] == 2 * 8 * elements
+    assert (few['bits'], many['bits']) == (2 * elements * k // 8, 12 * elements * k // 8)
+    assert many['rng'] == 6 * few['rng']            # one a step
+    assert few['others'] == many['others']          # what embedding, final norm and loss keep
+    standard = alive(dict(scheme='standard'), 12)['others'] - alive(dict(scheme='standard'), 2)['others']
+    assert standard > 10 * 10 * 4 * elements        # that the count sees what ordinary autograd keeps
+
+PEAK = """
+import sys, torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(block_size=256, vocab_size=256, n_head=4, n_embd=128, **eval(sys.argv[1])))
+idx = torch.randint(256, (48, 256))
+def status(key):
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+before = status('VmRSS')
+model(idx, idx)[1].backward()
+print(status('VmHWM') - before)
+"""
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak resident memory is read from Linux /proc')
+def test_peak_memory_does_not_grow_with_depth():
+    def slope(few, many, **kwargs):
+        # glibc keeps freed blocks of less than this for reuse, which would hide how flat the curve is
+        environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
+        peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(dict(kwargs, n_layer=n_layer))], check=True,
+                                    cwd=os.path.dirname(model_py.__file__), env=environment,
+                                    capture_output=True).stdout) for n_layer in (few, many)]
+        return (peaks[1] - peaks[0]) / (many - few)
+
+    weight_gradients = 4 * sum(w.numel() for w in build(n_embd=128).transformer.h[0].parameters())
+    elements = 48 * 256 * 128
+    for scheme, k in (LEAPFROG, 0), (SCHEMES[0], 0), (SCHEMES[2], 0), (dict(scheme='midpoint_a', a=-0.5), 1):
+        assert slope(2, 12, **scheme) < 1.2 * weight_gradients + k / 8 * elements, scheme
+    assert slope(2, 4, scheme='standard') > 20 * weight_gradients
