@@ -1,0 +1,130 @@
+"""
+What the scripts share: a file gets its final name when it is whole and verified, not before.
+
+    from data.download import download
+    download(url, 'weights.bin')    # an interrupted run leaves weights.bin.part, the next one goes on from it
+
+download() streams, so memory does not grow with the file, and gives up with one sentence (SystemExit).
+Every data/NAME/prepare.py writes train.bin.part and val.bin.part, then calls publish_dataset().
+"""
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import requests
+from tqdm import tqdm
+
+PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
+CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
+
+# -----------------------------------------------------------------------------
+# from the network to a file
+
+def download(url, path, size=None, sha256=None):
+    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified where known"""
+    path, part = Path(path), Path(f'{path}.part')
+    if path.exists():
+        if sha256 and digest(path) != sha256:
+            sys.exit(f'{path} is not the file published at {url}: delete it and run the command again')
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    for pause in (*PAUSES, None):
+        try:
+            published = fetch(url, part, size)
+            break
+        except requests.RequestException as error:
+            status = error.response.status_code if error.response is not None else 0
+            reason = f'status {status}' if status else type(error).__name__
+            if 400 <= status < 500 and status not in (408, 429): # these two only say: later
+                sys.exit(f'cannot download {url} ({reason}): check the address')
+            if pause is None:
+                sys.exit(f'cannot download {url} ({reason}): check the connection and run the command again')
+            print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
+            time.sleep(pause)
+
+    sha256 = sha256 or published
+    if sha256 and digest(part) != sha256:
+        part.unlink() # the next run would only resume it and end here again
+        sys.exit(f'{url} arrived with a wrong sha256 and was deleted: run the command again')
+    publish(part, path)
+
+def fetch(url, part, size):
+    """one request for what part still lacks; part is whole when it returns the sha256 the server names"""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {'Accept-Encoding': 'identity'} # compressed, lengths and ranges would not be the file's
+    if have:
+        headers['Range'] = f'bytes={have}-'
+
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        status = response.status_code # 206: the rest, 200: all from the start, 416: nothing lies beyond have
+        if status != 416:
+            response.raise_for_status()
+        total = published_size(response) or size
+        if size and total != size:
+            sys.exit(f'{url} has {total} bytes instead of {size}: check the address')
+        if status == 200:
+            have = 0
+        if status != 416:
+            with open(part, 'ab' if have else 'wb') as f, tqdm(
+                    desc=part.stem, total=total, initial=have, unit='B', unit_scale=True) as bar:
+                for chunk in response.iter_content(CHUNK):
+                    have += f.write(chunk)
+                    bar.update(len(chunk))
+
+        if total is None and status == 200:
+            total = have # no length was promised, and the answer ended cleanly
+        if have != total:
+            if total is None or have > total:
+                part.unlink() # not a beginning of this file: start over
+            raise requests.ConnectionError(f'{have} bytes of {total}')
+        return published_sha256(response)
+
+def published_size(response):
+    """bytes of the whole file, None where the server does not say"""
+    if response.status_code == 200:
+        return int(response.headers['Content-Length']) if 'Content-Length' in response.headers else None
+    total = response.headers.get('Content-Range', '').rpartition('/')[2] # bytes 5-9/10, with a 416 bytes */10
+    return int(total) if total.isdigit() else None
+
+def published_sha256(response):
+    """hugging face names it on the redirect to its storage, for its large files; None elsewhere"""
+    for answer in (*response.history, response):
+        tag = answer.headers.get('X-Linked-ETag', '').strip('"')
+        if re.fullmatch('[0-9a-f]{64}', tag):
+            return tag
+
+def digest(path):
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(CHUNK):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+# -----------------------------------------------------------------------------
+# from a .part to its final name
+
+def publish(part, path):
+    with open(part, 'rb+') as f:
+        os.fsync(f.fileno()) # the name must not reach the disk before the bytes do
+    os.replace(part, path)
+
+def write_atomically(path, data):
+    with open(f'{path}.part', 'wb') as f:
+        f.write(data)
+    publish(f'{path}.part', path)
+
+def publish_dataset(folder, **meta):
+    """the two .part are written: name them, write meta.json last, and print the counts"""
+    (folder / 'meta.json').unlink(missing_ok=True) # that of an earlier run must not describe the new files
+    for split in ('train', 'val'):
+        path = folder / f'{split}.bin'
+        publish(f'{path}.part', path)
+        tokens = path.stat().st_size // np.dtype(meta['dtype']).itemsize
+        print(f'{folder.name}/{path.name}: {tokens:,} tokens')
+    write_atomically(folder / 'meta.json', json.dumps(meta).encode())
