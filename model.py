@@ -14,6 +14,8 @@ The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Rever
 Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below; the shape of the code is nanoGPT's.
 """
 import math
+import os
+import zipfile
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -68,25 +70,29 @@ class GPTConfig:
         if self.a is None and self.scheme == 'midpoint_a':
             self.a = 'random'
         for name, value in (('h', self.h), ('a', self.a)):
-            if isinstance(value, (list, tuple)) and len(value) != self.n_layer:
-                raise ValueError(f'{name} has {len(value)} numbers: give one, or n_layer = {self.n_layer} of them')
-            if isinstance(value, str) and (name, value) != ('a', 'random'):
-                raise ValueError(f"{name} = '{value}' must be a number or a list of numbers"
-                                 + (", or 'random'" if name == 'a' else ''))
+            numbers = value if isinstance(value, list) else [value] * self.n_layer
+            if len(numbers) != self.n_layer:
+                raise ValueError(f'{name} has {len(numbers)} numbers: give one, or n_layer = {self.n_layer} of them')
+            if value not in (None, 'random' if name == 'a' else None) and not all(
+                    isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+                raise ValueError(f"{name} = {value!r}: give a number or a list of them" + ", or 'random'" * (name == 'a'))
+        if self.a != 'random':
+            self.coefficients()             # complains about an a that cannot be undone
 
     def coefficients(self):
         """(n, m, k, c) of every layer, for advance(): a = n / 2^k, b = m / 2^k. ValueError if a has no such form."""
-        a, h = (v if isinstance(v, (list, tuple)) else [v] * self.n_layer for v in (self.a, self.h))
         result = []
-        for a_j, h_j in zip(a, h):
-            a_j, b, c = SCHEMES[self.scheme](a_j, h_j)
-            n, m, k = a_j, b, 0
+        for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (self.a, self.h))):
+            a, b, c = SCHEMES[self.scheme](a, h)
+            n, m, k = a, b, 0
             if self.exact and self.scheme != 'standard':
-                n, denominator = float(a_j).as_integer_ratio() if math.isfinite(a_j) else (0, 1)
+                n, denominator = float(a).as_integer_ratio()    # in lowest terms; of a float it is a power of two
                 m, k = int(b * denominator), denominator.bit_length() - 1
                 if n % 2 == 0 or k > 8:
-                    raise ValueError(f'a = {a_j} cannot be undone exactly: it must be an odd number over a power of '
-                                     'two up to 256, such as 1, -1/2 = -0.5 or 3/4 = 0.75')
+                    raise ValueError(f'a = {a} cannot be undone exactly: it must be an odd number over a power of two '
+                                     'up to 256, such as 1, -0.5 = -1/2 or 0.75 = 3/4')
+            elif a == 0 and self.scheme != 'standard':
+                raise ValueError('a = 0 forgets p_prev, and no backward pass can rebuild it')
             result.append((n, m, k, c))
         return result
 
@@ -402,6 +408,9 @@ class GPT(nn.Module):
             for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
                 setattr(block, name, torch.compile(getattr(block, name), *args, **kwargs))
 
+    def count_parameters(self):
+        return sum(weight.numel() for weight in self.parameters())
+
     def optimizer(self, weight_decay, learning_rate, betas, **kwargs):
         """AdamW that decays matrices and leaves biases and norms alone."""
         weights = [w for w in self.parameters() if w.requires_grad]
@@ -411,10 +420,13 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused, **kwargs)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) and max_new_tokens more; temperature 0 takes the likeliest, top_k draws from the k likeliest."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
+        """
+        idx (B, T) tokens -> (B, T + max_new_tokens). Temperature 0 takes the likeliest token, top_k draws from the k
+        likeliest; tokens from vocab_size on, which only pad the vocabulary, are never drawn.
+        """
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1]                       # (B, V)
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size]          # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -424,3 +436,22 @@ class GPT(nn.Module):
                 token = torch.multinomial(F.softmax(logits.float() / temperature, dim=-1), 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """Writes the dict under another name, and renames it once it is on the disk: there is never half a checkpoint."""
+    with open(f'{path}.part', 'wb') as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.part', path)
+
+def load_checkpoint(path, device='cpu'):
+    """The dict of save_checkpoint. ValueError if there is no such file, or if not all of it is as it was written."""
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no checkpoint {path}')
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():     # torch.load does not look at checksums
+        raise ValueError(f'{path} is damaged or cut off: use another checkpoint')
+    return torch.load(path, map_location=device, weights_only=True)

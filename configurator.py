@@ -1,0 +1,87 @@
+"""
+What the scripts share before they start: the command line, and the machine they find. Their knobs are the fields of one flat dataclass; set them by files and by flags,
+in the order given, the last one wins:
+
+    python train.py config/gpt2_rev.py                          # a file of lines "name = value"
+    python train.py config/gpt2_rev.py --batch_size=8           # and one of its values changed
+    python train.py --scheme=midpoint_a --a=[0.5,0.5,1,1]       # lists without spaces, text without quotes
+    python train.py --help                                      # the knobs, their defaults and what they mean
+
+Nothing is executed: a config file may hold comments and literal values, and nothing else.
+"""
+import ast
+import difflib
+import inspect
+import os
+import sys
+from dataclasses import fields
+from typing import get_args
+
+import torch
+
+def configure(knobs, argv):
+    """An instance of the dataclass knobs with what argv sets; what is wrong in argv ends the program in a sentence."""
+    types, values = {field.name: field.type for field in fields(knobs)}, {}
+    for arg in argv:
+        if arg in ('-h', '--help'):
+            print(inspect.getsource(knobs))
+            sys.exit()
+        if not arg.startswith('--'):
+            settings = read_file(arg)
+        elif '=' not in arg:
+            sys.exit(f'{arg} has no value: write {arg}=VALUE')
+        else:
+            name, text = arg[2:].split('=', 1)
+            settings = [(name, text if types.get(name) is str else literal(text))]
+        for name, value in settings:
+            if name not in types:
+                near = difflib.get_close_matches(name, types, n=1, cutoff=0)
+                sys.exit(f"unknown name '{name}' in {arg}: did you mean '{near[0]}'? --help lists them all")
+            values[name] = checked(name, value, types[name])
+    return knobs(**values)
+
+def literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text                 # text without quotes, such as the scheme's name
+
+def read_file(path):
+    """The (name, value) lines of a config file."""
+    if not os.path.isfile(path):
+        sys.exit(f'there is no config file {path}: flags start with --, as in --batch_size=8')
+    with open(path, encoding='utf-8') as file:
+        try:
+            return [(line.targets[0].id, ast.literal_eval(line.value)) for line in ast.parse(file.read()).body
+                    if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]   # a docstring
+        except (AttributeError, ValueError, SyntaxError):
+            sys.exit(f'{path} may hold comments and lines such as "batch_size = 8", and nothing else')
+
+def checked(name, value, kind):
+    """The value, if it is of this kind (a type or a union of types); a whole number will do for a float."""
+    kinds = get_args(kind) or (kind,)
+    if type(value) is int and int not in kinds and float in kinds:
+        return float(value)
+    if type(value) not in kinds:
+        expected = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
+        sys.exit(f'{name} = {value!r} is of type {type(value).__name__}: expected {expected}')
+    return value
+
+def machine(device, dtype):
+    """The names of device and dtype, with 'auto' decided, and a line that says why they are what they are."""
+    why_device = why_dtype = 'as asked'
+    if device == 'auto':
+        device, why_device = (('cuda', 'there is a GPU') if torch.cuda.is_available() else
+                              ('mps', 'there is an Apple GPU') if torch.backends.mps.is_available() else
+                              ('cpu', 'there is no GPU'))
+    for name, value, choices in (('device', device, ('cuda', 'mps', 'cpu')),
+                                 ('dtype', dtype, ('auto', 'float32', 'bfloat16', 'float16'))):
+        if value not in choices:
+            sys.exit(f"{name} = '{value}': choose one of {', '.join(choices)}")
+    if device == 'cuda' and not torch.cuda.is_available() or device == 'mps' and not torch.backends.mps.is_available():
+        sys.exit(f"device = '{device}' is not on this machine, or this torch was built without it: try --device=cpu")
+    if dtype == 'auto':
+        dtype, why_dtype = (('float32', f'the safe choice on {device}') if device != 'cuda' else
+                            ('bfloat16', 'this GPU computes in it') if torch.cuda.get_device_capability() >= (8, 0) else
+                            ('float16', 'with a gradient scaler: this GPU does not compute in bfloat16'))
+    return device, dtype, f'device {device} ({why_device}), dtype {dtype} ({why_dtype})'

@@ -1,0 +1,256 @@
+"""
+What must be true of train.py, sample.py and the configs, as a user runs them:  python -m pytest test_scripts.py
+
+Small models in processes of their own, on a small data set made here: resuming, stopping, two processes, and one clear
+sentence, without a traceback, for everything a user can get wrong. About a minute and a half on two cores.
+"""
+import csv
+import glob
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import configure, machine
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from sample import tokenizer
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,
+             dropout=0.1, max_iters=8, warmup_iters=2, eval_interval=4, eval_windows=9, log_interval=1, device='cpu')
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with data/tiny, whose tokens are bytes, to run scripts in."""
+    place = tmp_path_factory.mktemp('place')
+    folder = place / 'data' / 'tiny'
+    folder.mkdir(parents=True)
+    text = np.random.default_rng(0).choice(list(b'abcdefgh '), 3000).astype(np.uint8)
+    text[:2000].tofile(folder / 'train.bin')
+    text[2000:].tofile(folder / 'val.bin')
+    (folder / 'meta.json').write_text(json.dumps(dict(encoding='bytes', vocab_size=256, dtype='uint8')))
+    return place
+
+def command(script, processes=1, **flags):
+    launch = [] if processes == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return [sys.executable, *launch, os.path.join(ROOT, script), *(f'--{name}={value}' for name, value in flags.items())]
+
+def run(place, script, **flags):
+    result = subprocess.run(command(script, **flags), cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+def train(place, out_dir, **flags):
+    """The rows of its log."""
+    run(place, 'train.py', out_dir=out_dir, **{**SMALL, **flags})
+    return rows(place, out_dir)
+
+def rows(place, out_dir):
+    """Of each step what does not depend on the clock."""
+    with open(place / out_dir / 'log.csv', newline='') as file:
+        return [tuple(row[name] for name in ('step', 'loss', 'lr', 'grad_norm', 'val_loss')) for row in csv.DictReader(file)]
+
+def weights(place, out_dir):
+    return load_checkpoint(str(place / out_dir / 'last.pt'))['model']
+
+@pytest.fixture(scope='module')
+def whole(place):
+    return train(place, 'whole')
+
+# -----------------------------------------------------------------------------
+# train.py
+
+def test_a_stopped_run_resumes_bit_for_bit(place, whole):
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        out = f'stopped{sent}'
+        flags = dict(SMALL, out_dir=out)
+        with subprocess.Popen(command('train.py', **flags), cwd=place, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith('step 2: loss'):
+                    process.send_signal(sent)
+            assert 'stopped at step' in line, 'it was too fast to be stopped'
+        assert process.returncode == 0
+        assert int(rows(place, out)[-1][0]) < SMALL['max_iters']
+        assert train(place, out, init_from='resume') == whole
+        for name, weight in weights(place, 'whole').items():
+            assert torch.equal(weight, weights(place, out)[name]), name
+
+def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
+    """As after a power cut: the log knows steps that last.pt does not."""
+    train(place, 'killed', lr_decay_iters=8, max_iters=4)
+    log = place / 'killed' / 'log.csv'
+    log.write_text(log.read_text() + '5,9.9,1e-4,1.0,1,1,,\n')
+    assert train(place, 'killed', init_from='resume') == whole
+
+def test_evaluation_does_not_change_training(place, whole):
+    often = train(place, 'often', eval_interval=1, eval_windows=30)
+    assert [row[:4] for row in often if row[1]] == [row[:4] for row in whole if row[1]]
+
+def test_accumulation_and_processes_do_not_change_the_data(place):
+    flags = dict(dropout=0.0, max_iters=4)
+    one = train(place, 'one', batch_size=8, gradient_accumulation_steps=1, **flags)
+    for other in (train(place, 'accumulated', batch_size=2, gradient_accumulation_steps=4, **flags),
+                  train(place, 'two', batch_size=2, gradient_accumulation_steps=4, processes=2, **flags)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            for x, y in zip(a, b):
+                assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
+
+def test_a_loss_that_is_not_finite_stops_the_run(place):
+    train(place, 'broken', max_iters=4)
+    before = (place / 'broken' / 'last.pt').read_bytes()
+    sentence = complaint(place, 'train.py', out_dir='broken', init_from='resume',
+                         **{**SMALL, 'learning_rate': 1e20, 'min_lr': 1e20})
+    assert 'step 5: the loss is nan' in sentence and 'last.pt' in sentence
+    assert (place / 'broken' / 'last.pt').read_bytes() == before
+
+def test_float16_with_its_scaler(place):
+    losses = [float(row[1]) for row in train(place, 'half', dtype='float16') if row[1]]
+    assert np.isfinite(losses).all()
+    assert load_checkpoint(str(place / 'half' / 'last.pt'))['scaler']['scale'] > 0
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+def test_sample_is_a_function_of_its_seed(place, whole):
+    flags = dict(init_from='whole/best.pt', prompt='abc', max_new_tokens=20, num_samples=2)
+    first = run(place, 'sample.py', seed=1, **flags)
+    assert first.count('\nabc') == 2
+    assert first == run(place, 'sample.py', seed=1, **flags) != run(place, 'sample.py', seed=2, **flags)
+
+def test_tokenizers():
+    encode, decode = tokenizer(dict(encoding='bytes'))
+    assert decode(encode('né')) == 'né'
+    encode, decode = tokenizer(dict(encoding='chars', chars='abc'))
+    assert encode('cab') == [2, 0, 1] and decode([2, 0, 1]) == 'cab'
+    vocabulary = os.path.join(ROOT, '..', 'shared', 'data', 'tiktoken')
+    if not os.path.exists(vocabulary):
+        pytest.skip("GPT-2's BPE files are not beside this checkout")
+    os.environ['TIKTOKEN_CACHE_DIR'] = vocabulary
+    encode, decode = tokenizer(dict(encoding='gpt2'))
+    assert encode('Hello world<|endoftext|>') == [15496, 995, 50256] and decode([15496, 995]) == 'Hello world'
+
+# -----------------------------------------------------------------------------
+# one clear sentence
+
+def complaint(place, script, **flags):
+    result = subprocess.run(command(script, **flags), cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and 'Traceback' not in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    return result.stderr
+
+@pytest.mark.parametrize('flags, words', [
+    (dict(dataset='nowhere'), 'run "python data/nowhere/prepare.py" first'),
+    (dict(vocab_size=100), 'vocab_size = 100 is too small'),
+    (dict(block_size=1500), 'too few for block_size = 1500'),
+    (dict(scheme='euler'), "unknown scheme 'euler'"),
+    (dict(init_from='resume'), 'there is no checkpoint'),
+    (dict(init_from='elsewhere'), 'choose scratch or resume'),
+], ids=str)
+def test_train_complains_in_a_sentence(place, flags, words):
+    assert words in complaint(place, 'train.py', out_dir='none', **{**SMALL, **flags})
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(scheme='euler'), "unknown scheme 'euler': choose one of standard, midpoint"),
+    (dict(n_head=5), 'n_embd = 768 must be divisible by n_head = 5'),
+    (dict(scheme='midpoint_a', a=0.3), 'a = 0.3 cannot be undone exactly'),
+    (dict(scheme='midpoint_a', a=2), 'a = 2 cannot be undone exactly'),
+    (dict(scheme='midpoint_a', a=0.0, exact=False), 'a = 0 forgets p_prev'),
+    (dict(scheme='midpoint_a', a=1 / 512), 'up to 256'),
+    (dict(scheme='midpoint_a', a='all'), "a = 'all': give a number or a list of them, or 'random'"),
+    (dict(scheme='midpoint_a', a=[0.5]), 'a has 1 numbers: give one, or n_layer = 12'),
+    (dict(scheme='leapfrog', h=float('nan')), 'h = nan: give a number'),
+    (dict(scheme='symplectic', h=0.5), "scheme 'symplectic' has no step size"),
+    (dict(scheme='standard', h=0.5), "scheme 'standard' has no step size"),
+    (dict(scheme='leapfrog', a=0.5), "scheme 'leapfrog' has a fixed a"),
+    (dict(stored_layers=13), 'stored_layers = 13 must lie between 0 and n_layer = 12'),
+], ids=str)
+def test_config_complains_in_a_sentence(fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        GPTConfig(**fields)
+
+@pytest.mark.parametrize('device, dtype, words', [('abacus', 'auto', "device = 'abacus': choose one of"),
+                                                  ('cpu', 'float8', "dtype = 'float8': choose one of")])
+def test_machine_complains_in_a_sentence(device, dtype, words):
+    with pytest.raises(SystemExit, match=words):
+        machine(device, dtype)
+
+@pytest.mark.parametrize('damage', ['cut off', 'one bit', 'empty', 'text'])
+def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
+    content = bytearray((place / 'whole' / 'last.pt').read_bytes())
+    if damage == 'one bit':
+        content[len(content) // 2] ^= 4
+    content = dict(zip(['cut off', 'one bit', 'empty', 'text'],
+                       [content[:len(content) // 2], content, b'', b'not a checkpoint']))[damage]
+    (place / 'damaged').mkdir(exist_ok=True)
+    (place / 'damaged' / 'last.pt').write_bytes(content)
+    with pytest.raises(ValueError, match='damaged or cut off'):
+        load_checkpoint(str(place / 'damaged' / 'last.pt'))
+    if damage == 'cut off':
+        assert 'damaged' in complaint(place, 'train.py', **dict(SMALL, out_dir='damaged', init_from='resume'))
+        assert 'damaged' in complaint(place, 'sample.py', init_from='damaged/last.pt')
+    assert (place / 'damaged' / 'last.pt').read_bytes() == content
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = str(tmp_path / 'last.pt')
+    save_checkpoint(path, dict(step=1))
+
+    def torn(checkpoint, file):
+        file.write(b'half')
+        raise OSError('no space left on device')
+
+    monkeypatch.setattr(torch, 'save', torn)
+    with pytest.raises(OSError):
+        save_checkpoint(path, dict(step=2))
+    assert load_checkpoint(path) == dict(step=1)
+
+def test_sample_complains_in_a_sentence(place, whole):
+    assert 'there is no checkpoint none.pt' in complaint(place, 'sample.py', init_from='none.pt')
+    assert 'the prompt is empty' in complaint(place, 'sample.py', init_from='whole/best.pt', prompt='')
+
+# -----------------------------------------------------------------------------
+# configurator.py and config/
+
+def knobs_of(script):
+    """Its dataclass, without running the script."""
+    spec = importlib.util.spec_from_file_location('knobs', os.path.join(ROOT, script))
+    module = sys.modules['knobs'] = importlib.util.module_from_spec(spec)
+    with open(os.path.join(ROOT, script)) as file:
+        source = file.read()
+    exec(compile(source[:source.index('knobs = configure')], script, 'exec'), module.__dict__)
+    return module.Knobs
+
+def test_command_line(tmp_path, capsys):
+    Knobs = knobs_of('train.py')
+    file = tmp_path / 'some.py'
+    file.write_text('"""Purpose."""\nbatch_size = 3     # comment\nscheme = "midpoint_a"\na = [0.5, 1]\n')
+    knobs = configure(Knobs, [str(file), '--learning_rate=1', '--h=2', '--out_dir=7', '--batch_size=5'])
+    assert (knobs.batch_size, knobs.scheme, knobs.a, knobs.out_dir) == (5, 'midpoint_a', [0.5, 1], '7')
+    assert (type(knobs.learning_rate), type(knobs.h), knobs.bias) == (float, float, False)
+    with pytest.raises(SystemExit) as stop:
+        configure(Knobs, ['--help'])
+    assert not stop.value.code and 'batch_size: int = 12' in capsys.readouterr().out
+    for argument, words in [('--batchsize=8', "did you mean 'batch_size'"), ('--batch_size=8.0', 'expected int'),
+                            ('--batch_size=True', 'expected int'), ('--compile=1', 'expected bool'),
+                            ('--dropout=none', 'expected float'), ('--compile', 'write --compile=VALUE'),
+                            ('absent.py', 'there is no config file')]:
+        with pytest.raises(SystemExit, match=words):
+            configure(Knobs, [argument])
+    file.write_text('import os\n')
+    with pytest.raises(SystemExit, match='nothing else'):
+        configure(Knobs, [str(file)])
+
+@pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)
+def test_every_config_builds(path):
+    knobs = configure(knobs_of('train.py'), [path])
+    names = GPTConfig.__dataclass_fields__
+    with torch.device('meta'):
+        GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in names}, 'vocab_size': knobs.vocab_size or 50304}))
+    assert knobs.gradient_accumulation_steps % 8 == 0 or 'gpt2' not in path     # eight GPUs share it evenly
