@@ -111,30 +111,28 @@ def to_float(p, dtype):
     return p.to(dtype).mul_(1 / ONE) if p.dtype == torch.int64 else p.clone()
 
 def combine(n, x, m, y):
-    """n * x + m * y in the memory of x. A pass over memory is what costs, so 1 * x and 0 * y are not computed."""
+    """n * x + m * y in the memory of x. It is passes over memory that cost, so 1 * x and 0 * y are left out."""
     x = x if n == 1 else x.mul_(n)
     return x if m == 0 else x.add_(y, alpha=m)
 
 def advance(p_prev, p, cf, n, m, k):
     """
-    p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that its inverse needs.
-    States are (B, T, C), cf is c * f(p) in the states' units, a = n / 2^k and b = m / 2^k. Where a is a fraction
-    the sum s has to be divided by 2^k; the k bits of each element that the shift drops are remembered.
+    p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that the way back needs.
+    a = n / 2^k, b = m / 2^k, and cf is c * f(p) as to_state() makes it. Where a is a fraction, the sum s is divided by
+    2^k with a shift; the k bits of each element that fall off its end are kept.
     """
     s = combine(n, p_prev, m, p)
     bits = pack(s, k) if k else None
-    s = s.bitwise_right_shift_(k) if k else s
-    return s.add_(cf), bits
+    return (s.bitwise_right_shift_(k) if k else s).add_(cf), bits
 
 def rebuild(p_next, p, cf, bits, n, m, k):
     """
-    p_prev = (p_next - b * p - c * f(p)) / a, in the memory of p_next: every line of advance() undone, last one first.
-    int64 is arithmetic modulo 2^64, where an odd n has an inverse: dividing by n is a multiplication, without remainder.
+    p_prev = (p_next - b * p - c * f(p)) / a, in the memory of p_next: advance() undone, last operation first.
+    int64 computes modulo 2^64, where every odd n has an inverse: the division by n is a multiplication, and exact.
     """
     s = p_next.sub_(cf)
     s = s.bitwise_left_shift_(k).bitwise_or_(unpack(bits, k, s.shape)) if k else s
-    inverse = signed(pow(n, -1, 2**64)) if s.dtype == torch.int64 else 1 / n
-    return combine(inverse, s, signed(-inverse * m) if s.dtype == torch.int64 else -inverse * m, p)
+    return combine(signed(pow(n, -1, 2**64)) if s.dtype == torch.int64 else 1 / n, combine(1, s, -m, p), 0, p)
 
 def signed(n):
     """The integer n modulo 2^64, as int64 holds it."""
@@ -222,9 +220,11 @@ class ReversibleStep(torch.autograd.Function):
             generator.set_rng_state(now)
         p_prev = rebuild(tape.p, tape.p_prev, to_state(c, fx, tape), ctx.bits, n, m, k)
         tape.p_prev, tape.p, tape.depth = p_prev, tape.p_prev, ctx.depth
+        ctx.graph = ctx.bits = None         # the loss may outlive this pass, and would keep them
         g_f, *g_weights = torch.autograd.grad(fx, (p, *weights), (c * g_next).to(fx.dtype))
         a, b = n / 2**k, m / 2**k
-        return g_next if a == 1 else a * g_next, combine(1, g_f, b, g_next), None, None, None, None, None, *g_weights
+        g_prev, g = g_next if a == 1 else a * g_next, combine(1, g_f, b, g_next)
+        return g_prev, g, None, None, None, None, None, *g_weights
 
 # -----------------------------------------------------------------------------
 # the loss: the logits of 1024 tokens at GPT-2's vocabulary take 200 MB in float32, many times the states
