@@ -1,6 +1,6 @@
 """
-What the scripts share before they start: the command line, and the machine they find. Their knobs are the fields of one flat dataclass; set them by files and by flags,
-in the order given, the last one wins:
+What the scripts share before they start: the command line, and the machine they find. Their knobs are the fields of one
+flat dataclass; set them by files and by flags, in the order given, the last one wins:
 
     python train.py config/gpt2_rev.py                          # a file of lines "name = value"
     python train.py config/gpt2_rev.py --batch_size=8           # and one of its values changed
@@ -43,7 +43,7 @@ def configure(knobs, argv):
 def literal(text):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text                 # text without quotes, such as the scheme's name
 
 def read_file(path):
@@ -52,9 +52,10 @@ def read_file(path):
         sys.exit(f'there is no config file {path}: flags start with --, as in --batch_size=8')
     with open(path, encoding='utf-8') as file:
         try:
-            return [(line.targets[0].id, ast.literal_eval(line.value)) for line in ast.parse(file.read()).body
-                    if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]   # a docstring
-        except (AttributeError, ValueError, SyntaxError):
+            return [(target.id, ast.literal_eval(line.value)) for line in ast.parse(file.read()).body
+                    if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))    # a docstring
+                    for target in line.targets]
+        except (AttributeError, ValueError, SyntaxError, TypeError):
             sys.exit(f'{path} may hold comments and lines such as "batch_size = 8", and nothing else')
 
 def checked(name, value, kind):

@@ -50,6 +50,8 @@ if __name__ == '__main__':
         sys.exit(f"the model knows no {', '.join(map(repr, sorted(unknown)))}: its characters are {meta['chars']!r}")
     if knobs.temperature < 0 or knobs.top_k is not None and knobs.top_k < 1:
         sys.exit('temperature must be 0 or more, and top_k 1 or more, or None')
+    if knobs.num_samples < 1 or knobs.max_new_tokens < 1:
+        sys.exit('num_samples and max_new_tokens must be 1 or more')
 
     model = GPT(GPTConfig(**checkpoint['config'])).to(kind).eval()
     model.load_state_dict(checkpoint['model'])

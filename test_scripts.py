@@ -111,6 +111,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     assert 'step 5: the loss is nan' in sentence and 'last.pt' in sentence
     assert (place / 'broken' / 'last.pt').read_bytes() == before
 
+def test_a_validation_loss_that_is_not_finite_is_not_saved(place):
+    train(place, 'broken2', max_iters=4)
+    before = (place / 'broken2' / 'last.pt').read_bytes()
+    assert 'the validation loss is' in complaint(place, 'train.py', out_dir='broken2', init_from='resume',
+                                                 **{**SMALL, 'learning_rate': 1e20, 'min_lr': 1e20, 'eval_interval': 1})
+    assert (place / 'broken2' / 'last.pt').read_bytes() == before
+
 def test_float16_with_its_scaler(place):
     losses = [float(row[1]) for row in train(place, 'half', dtype='float16') if row[1]]
     assert np.isfinite(losses).all()
@@ -153,6 +160,7 @@ def complaint(place, script, **flags):
     (dict(scheme='euler'), "unknown scheme 'euler'"),
     (dict(init_from='resume'), 'there is no checkpoint'),
     (dict(init_from='elsewhere'), 'choose scratch or resume'),
+    (dict(batch_size=0), 'batch_size = 0 must be 1 or more'),
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', out_dir='none', **{**SMALL, **flags})
@@ -182,6 +190,19 @@ def test_machine_complains_in_a_sentence(device, dtype, words):
     with pytest.raises(SystemExit, match=words):
         machine(device, dtype)
 
+def test_damage_anywhere_is_a_sentence(place, whole, tmp_path):
+    content = (place / 'whole' / 'last.pt').read_bytes()
+    path = tmp_path / 'last.pt'
+    sound = load_checkpoint(str(place / 'whole' / 'last.pt'))['model']
+    for position in [*range(0, 200, 7), *range(len(content) - 900, len(content), 7), *range(0, len(content), 9973)]:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 16]) + content[position + 1:])
+        try:
+            found = load_checkpoint(str(path))['model']         # a bit that says nothing, such as padding
+        except ValueError as error:
+            assert 'use another one' in str(error)
+        else:
+            assert all(torch.equal(found[name], sound[name]) for name in sound)
+
 @pytest.mark.parametrize('damage', ['cut off', 'one bit', 'empty', 'text'])
 def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
     content = bytearray((place / 'whole' / 'last.pt').read_bytes())
@@ -191,7 +212,7 @@ def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
                        [content[:len(content) // 2], content, b'', b'not a checkpoint']))[damage]
     (place / 'damaged').mkdir(exist_ok=True)
     (place / 'damaged' / 'last.pt').write_bytes(content)
-    with pytest.raises(ValueError, match='damaged or cut off'):
+    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
         load_checkpoint(str(place / 'damaged' / 'last.pt'))
     if damage == 'cut off':
         assert 'damaged' in complaint(place, 'train.py', **dict(SMALL, out_dir='damaged', init_from='resume'))

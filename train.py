@@ -103,18 +103,30 @@ def all_reduce(*numbers):
     return numbers.tolist()
 
 def fail(sentence):
-    sys.exit(sentence if main else 1)
+    sys.exit(sentence if local_rank == 0 else 1)        # once on every machine: one alone may be at fault
+
+for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'eval_interval', 'eval_windows',
+             'log_interval', 'vocab_size', 'lr_decay_iters'):
+    if getattr(knobs, name) is not None and getattr(knobs, name) < 1:
+        fail(f'{name} = {getattr(knobs, name)} must be 1 or more')
+for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
+    if getattr(knobs, name) < 0:
+        fail(f'{name} = {getattr(knobs, name)} must be 0 or more')
+for name in ('beta1', 'beta2'):
+    if not 0 <= getattr(knobs, name) < 1:
+        fail(f'{name} = {getattr(knobs, name)} must be 0 or more, and below 1')
 
 # -----------------------------------------------------------------------------
 # data
 
 folder = os.path.join('data', knobs.dataset)
-if not os.path.exists(os.path.join(folder, 'meta.json')):
-    fail(f'there is no data in {folder}: run "python {folder}/prepare.py" first')
-with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-    meta = json.load(file)                  # how text became tokens: sample.py needs it too
-train_data, val_data = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
-                        for split in ('train', 'val'))
+try:
+    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)              # how text became tokens: sample.py needs it too
+    train_data, val_data = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
+                            for split in ('train', 'val'))
+except (OSError, ValueError, KeyError):
+    fail(f'there is no data in {folder}, or not all of it: run "python {folder}/prepare.py" first')
 T = knobs.block_size
 if min(len(train_data), len(val_data)) <= T:
     fail(f'{folder} has {len(train_data)} training and {len(val_data)} validation tokens, too few for '
@@ -145,6 +157,8 @@ last, best, log = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'be
 try:
     if knobs.init_from == 'resume':
         checkpoint = load_checkpoint(last)
+        if checkpoint['meta'] != meta:
+            fail(f'{last} was trained on other tokens than those of {folder}: give the --dataset it had')
         config = replace(GPTConfig(**checkpoint['config']), stored_layers=knobs.stored_layers)
     elif knobs.init_from == 'scratch':
         shared = {field.name: getattr(knobs, field.name) for field in fields(GPTConfig)}
@@ -165,7 +179,8 @@ optimizer = raw_model.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])
-    scaler.load_state_dict(checkpoint['scaler'])
+    if checkpoint['scaler']:                # empty, unless the run was in float16
+        scaler.load_state_dict(checkpoint['scaler'])
     step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
     checkpoint = None                       # free its memory
 if knobs.compile:
@@ -234,7 +249,7 @@ if main:
     rows = []
     if step and os.path.exists(log):        # a run that was killed has logged steps that its checkpoint does not know
         with open(log, newline='') as file:
-            rows = [row for row in csv.DictReader(file) if int(row['step']) <= step]
+            rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
     with open(log, 'w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -257,6 +272,8 @@ say(f'{tokens_per_step:,} tokens a step: {world} processes x {accumulation} micr
 def evaluate_and_save():
     global best_val_loss
     val_loss = validation_loss()
+    if not math.isfinite(val_loss):
+        fail(f'step {step}: the validation loss is {val_loss}; stopped, and no checkpoint is written')
     say(f'step {step}: validation loss {val_loss:.4f}')
     record(step=step, val_loss=val_loss)
     if step == 0:                           # nothing is learnt yet, and an earlier run may have left its last.pt here

@@ -3,24 +3,25 @@ The quick start: a small reversible GPT on the source code of Python's standard 
 
     python data/python/prepare.py && python train.py config/python_rev.py
 
-4096 tokens a step (32 sequences of 128), 0.8M parameters.
+1024 tokens a step = 8 sequences x 128 tokens; 2.5M in all, a quarter of the text. 0.8M parameters.
 """
 out_dir = 'out_python'
 dataset = 'python'
-batch_size = 32
+batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128
 
-scheme = 'leapfrog'
+scheme = 'leapfrog'     # the winner of the README's comparison
+h = 1.0                 # 4 layers want longer steps than the comparison's 12
 n_layer = 4
 n_head = 4
 n_embd = 128
 
 learning_rate = 4e-3
-min_lr = 4e-4
-max_iters = 1000
-warmup_iters = 50
+min_lr = 1e-4
+max_iters = 2400
+warmup_iters = 100
 beta2 = 0.99
-eval_interval = 500
+eval_interval = 2400
 eval_windows = 512
-log_interval = 50
+log_interval = 200
