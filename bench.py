@@ -50,13 +50,18 @@ CASES = {
 }
 
 mode = sys.argv[1] if len(sys.argv) > 1 else ''
-knobs = configure(Knobs, sys.argv[2:])
+knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
+if knobs.layers is not None and len(knobs.layers) < 2:
+    sys.exit(f'layers = {knobs.layers}: give two numbers or more, as in --layers=[2,12]')
 kind, dtype, reasons = machine(knobs.device, knobs.dtype)
 shape = {name: getattr(knobs, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias')}
 
 def build(**case):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**shape, **case})).to(kind)
+    try:
+        model = GPT(GPTConfig(**{**shape, **case})).to(kind)
+    except ValueError as error:
+        sys.exit(str(error))
     if knobs.compile:
         model.compile()
     return model
@@ -129,7 +134,7 @@ def depth():
         print(f'{name:26}' + ''.join(f'{x / 1e6:14.1f}' for x in peaks) + f'{slope / 1e6:10.2f}')
     print(f'of which the gradients of the weights of a layer: {gradients / 1e6:.2f}')
 
-if mode.startswith('peak:'):
+if mode.removeprefix('peak:') in CASES:         # what depth calls
     print(peak(mode.removeprefix('peak:')))
 elif mode in ('step', 'depth'):
     print(reasons)

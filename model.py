@@ -109,8 +109,8 @@ ONE = 2**32         # the number 1 in fixed point: a state spans -2^31 to 2^31 i
 
 def to_state(c, x, tape):
     """c * x in the states' format, in memory of its own."""
-    x = x.detach().to(tape.dtype)
-    return (x * (c * ONE)).round_().long() if tape.exact else c * x
+    x = x.detach().to(tape.dtype, copy=True)
+    return x.mul_(c * ONE).round_().long() if tape.exact else x.mul_(c)
 
 def to_float(p, dtype):
     if p.dtype != torch.int64:
@@ -468,6 +468,6 @@ def load_checkpoint(path, device='cpu'):
             checkpoint = None if file.testzip() else torch.load(path, map_location=device, weights_only=True)
     except Exception:
         checkpoint = None
-    if not isinstance(checkpoint, dict):
+    if not isinstance(checkpoint, dict) or not {'model', 'config', 'meta'} <= checkpoint.keys():
         raise ValueError(f'{path} is damaged, cut off or no checkpoint of ours: use another one')
     return checkpoint

@@ -27,12 +27,16 @@ class Knobs:
 def tokenizer(meta):
     """(text -> tokens, tokens -> text), as the data set was encoded; meta is its meta.json."""
     if meta['encoding'] == 'bytes':
-        return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors='replace')
+        return lambda text: list(text.encode(errors='surrogateescape')), lambda tokens: bytes(tokens).decode(errors='replace')
     if meta['encoding'] == 'chars':
         chars = meta['chars']
         return lambda text: [chars.index(c) for c in text], lambda tokens: ''.join(chars[i] for i in tokens)
+    import requests
     import tiktoken
-    gpt2 = tiktoken.get_encoding('gpt2')
+    try:
+        gpt2 = tiktoken.get_encoding('gpt2')
+    except requests.RequestException as error:
+        sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): sample once while connected")
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
 
 if __name__ == '__main__':

@@ -103,6 +103,18 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
             for x, y in zip(a, b):
                 assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
 
+def test_learning_rate_and_gradient_norm(place, whole):
+    warm, low, high = [6e-4 / 3, 6e-4 * 2 / 3], 6e-5, 6e-4
+    cosine = [low + (high - low) * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
+    assert [float(row[2]) for row in whole if row[1]] == pytest.approx(warm + cosine)
+    train(place, 'clipped', max_iters=2, grad_clip=1e-12, weight_decay=0.0, dropout=0.0)    # far below Adam's epsilon
+    train(place, 'moved', max_iters=2, weight_decay=0.0, dropout=0.0)
+    torch.manual_seed(1337)
+    first = GPT(GPTConfig(**load_checkpoint(str(place / 'moved' / 'last.pt'))['config'])).state_dict()
+    clipped, moved = (max((w - first[name]).abs().max() for name, w in weights(place, out).items())
+                      for out in ('clipped', 'moved'))
+    assert clipped < 1e-7 < 1e-4 < moved
+
 def test_a_loss_that_is_not_finite_stops_the_run(place):
     train(place, 'broken', max_iters=4)
     before = (place / 'broken' / 'last.pt').read_bytes()
@@ -161,9 +173,21 @@ def complaint(place, script, **flags):
     (dict(init_from='resume'), 'there is no checkpoint'),
     (dict(init_from='elsewhere'), 'choose scratch or resume'),
     (dict(batch_size=0), 'batch_size = 0 must be 1 or more'),
+    (dict(learning_rate='nan'), "learning_rate = 'nan' is of type str: expected float"),
+    (dict(out_dir='data/tiny/train.bin'), 'cannot be made: File exists; choose another --out_dir'),
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
-    assert words in complaint(place, 'train.py', out_dir='none', **{**SMALL, **flags})
+    assert words in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', **flags})
+
+def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
+    (place / 'changed').mkdir()
+    (place / 'changed' / 'last.pt').write_bytes((place / 'whole' / 'last.pt').read_bytes())
+    flags = dict(SMALL, out_dir='changed', init_from='resume')
+    assert 'h = 1.0, but changed/last.pt was trained with h = None' in complaint(place, 'train.py', **flags, h=1.0)
+    train(place, 'changed', init_from='resume', max_iters=9, weight_decay=0.5, dropout=0.2)
+    checkpoint = load_checkpoint(str(place / 'changed' / 'last.pt'))
+    assert [group['weight_decay'] for group in checkpoint['optimizer']['param_groups']] == [0.5, 0.0]
+    assert checkpoint['config']['dropout'] == 0.2
 
 @pytest.mark.parametrize('fields, words', [
     (dict(scheme='euler'), "unknown scheme 'euler': choose one of standard, midpoint"),
@@ -220,8 +244,8 @@ def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
     assert (place / 'damaged' / 'last.pt').read_bytes() == content
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = str(tmp_path / 'last.pt')
-    save_checkpoint(path, dict(step=1))
+    path, one = str(tmp_path / 'last.pt'), dict(step=1, model={}, config={}, meta={})
+    save_checkpoint(path, one)
 
     def torn(checkpoint, file):
         file.write(b'half')
@@ -229,8 +253,8 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', torn)
     with pytest.raises(OSError):
-        save_checkpoint(path, dict(step=2))
-    assert load_checkpoint(path) == dict(step=1)
+        save_checkpoint(path, dict(one, step=2))
+    assert load_checkpoint(path) == one
 
 def test_sample_complains_in_a_sentence(place, whole):
     assert 'there is no checkpoint none.pt' in complaint(place, 'sample.py', init_from='none.pt')

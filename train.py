@@ -110,7 +110,7 @@ for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_ite
     if getattr(knobs, name) is not None and getattr(knobs, name) < 1:
         fail(f'{name} = {getattr(knobs, name)} must be 1 or more')
 for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
-    if getattr(knobs, name) < 0:
+    if not getattr(knobs, name) >= 0:       # nor nan
         fail(f'{name} = {getattr(knobs, name)} must be 0 or more')
 for name in ('beta1', 'beta2'):
     if not 0 <= getattr(knobs, name) < 1:
@@ -152,6 +152,7 @@ def train_batch(step, micro):
 # -----------------------------------------------------------------------------
 # model, optimizer, checkpoint
 
+FIXED = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'scheme', 'h', 'a'    # once it has trained
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best, log = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt', 'log.csv'))
 try:
@@ -159,7 +160,12 @@ try:
         checkpoint = load_checkpoint(last)
         if checkpoint['meta'] != meta:
             fail(f'{last} was trained on other tokens than those of {folder}: give the --dataset it had')
-        config = replace(GPTConfig(**checkpoint['config']), stored_layers=knobs.stored_layers)
+        for name in FIXED:
+            if getattr(knobs, name) != checkpoint['knobs'][name]:
+                fail(f"{name} = {getattr(knobs, name)}, but {last} was trained with {name} = "
+                     f"{checkpoint['knobs'][name]}: resume with the config file and flags it was trained with")
+        config = replace(GPTConfig(**checkpoint['config']), dropout=knobs.dropout, exact=knobs.exact,
+                         stored_layers=knobs.stored_layers)
     elif knobs.init_from == 'scratch':
         shared = {field.name: getattr(knobs, field.name) for field in fields(GPTConfig)}
         shared['vocab_size'] = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
@@ -170,19 +176,20 @@ except ValueError as error:
     fail(str(error))
 if config.vocab_size < meta['vocab_size']:
     fail(f"vocab_size = {config.vocab_size} is too small: {folder} has {meta['vocab_size']} different tokens")
-if config.block_size != T:
-    fail(f'block_size = {T}, but {last} was trained with {config.block_size}: give --block_size={config.block_size}')
 
 torch.manual_seed(knobs.seed)
 raw_model = GPT(config).to(device)
 optimizer = raw_model.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model'])
-    optimizer.load_state_dict(checkpoint['optimizer'])
+    # its moments; weight decay and betas are those of the knobs
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint['optimizer']['state']))
     if checkpoint['scaler']:                # empty, unless the run was in float16
         scaler.load_state_dict(checkpoint['scaler'])
     step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
     checkpoint = None                       # free its memory
+if all_reduce(step)[0] != step * world:
+    fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
 if knobs.compile:
     raw_model.compile()
 model = raw_model
@@ -228,13 +235,16 @@ def peak_memory():
         return torch.cuda.max_memory_allocated() / 1e9
     if kind == 'mps':
         return torch.mps.driver_allocated_memory() / 1e9
-    import resource                         # Unix has it, Windows does not
+    if sys.platform == 'win32':             # which has no resource module
+        return math.nan
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 # dense bf16 and fp16 operations a second, from the vendor's data sheets; of no other device is MFU known
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'V100': 125e12, 'T4': 65e12}
-name = torch.cuda.get_device_name() if kind == 'cuda' and dtype != 'float32' else ''
-peak_flops = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
+              'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12,
+              'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'Tesla V100-SXM2-16GB': 125e12, 'Tesla T4': 65e12}
+peak_flops = PEAK_FLOPS.get(torch.cuda.get_device_name()) if kind == 'cuda' and dtype != 'float32' else None
 # 6 operations a weight and token, and 12 for each pair of tokens and channel in attention; what is computed a second
 # time in the backward pass is not counted, so that schemes compare
 matrices = raw_model.count_parameters() - config.block_size * config.n_embd
@@ -245,15 +255,19 @@ flops_per_token = 6 * matrices + 12 * config.n_layer * config.n_embd * T
 
 COLUMNS = ['step', 'loss', 'lr', 'grad_norm', 'tokens_per_s', 'peak_gb', 'mfu', 'val_loss']
 if main:
-    os.makedirs(knobs.out_dir, exist_ok=True)
+    try:
+        os.makedirs(knobs.out_dir, exist_ok=True)
+    except OSError as error:
+        fail(f'{knobs.out_dir} cannot be made: {error.strerror}; choose another --out_dir')
     rows = []
     if step and os.path.exists(log):        # a run that was killed has logged steps that its checkpoint does not know
         with open(log, newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
-    with open(log, 'w', newline='') as file:
+    with open(f'{log}.part', 'w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(f'{log}.part', log)
 
 def record(**values):
     if main:

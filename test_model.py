@@ -1,0 +1,282 @@
+"""
+What one expects of any GPT, of this one too:  python -m pytest test_model.py      (half a minute on two CPU cores)
+
+The loss, what is not finite, dtypes, frozen weights, causality, GPT-2's architecture and nanoGPT's names, accumulation,
+DistributedDataParallel, torch.compile, sampling. That the backward pass is exact and right is in test_reversible.py.
+"""
+import os
+import shutil
+import socket
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_py
+from test_reversible import LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients
+
+@pytest.mark.parametrize('chunk', [1, 7, B * T, 1000])
+@pytest.mark.parametrize('frozen', [False, True])
+def test_chunked_loss_equals_the_plain_one(chunk, frozen):
+    torch.manual_seed(0)
+    model = build().requires_grad_(not frozen)
+    targets = batch()[1].clone()
+    targets[0, 3:9] = targets[1, -1] = -1
+    results = []
+    for plain in (True, False):
+        x = torch.randn(B, T, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        if plain:
+            loss = F.cross_entropy(model.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        else:
+            loss = model.loss(x, targets, chunk)
+        (3 * loss).backward()
+        results.append((loss.detach(), x.grad, model.lm_head.weight.grad))
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model.loss(x, targets, chunk), loss.detach(), rtol=1e-5, atol=0)
+    for plain, chunked in zip(*results):
+        assert (plain is None) == (chunked is None) == (frozen and plain is None)
+        assert plain is None or (plain - chunked).norm() <= 1e-5 * plain.norm()
+
+def test_logits_are_never_whole_in_memory():
+    """Of 3 x 1024 tokens and a vocabulary of 4096, no tensor made between forward and backward has all the logits."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max(largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(result)
+                                     if isinstance(x, torch.Tensor)), 0)
+            return result
+
+    model = build(vocab_size=4096, block_size=1024)
+    idx = torch.randint(4096, (3, 1024))
+    with Watch():
+        model(idx, idx)[1].backward()
+    assert largest == 1024 * 4096
+
+FLOATS = [dict(scheme='standard'), *[dict(scheme, exact=False) for scheme in SCHEMES[:4]]]
+NOT_FINITE = [float('inf'), float('-inf'), float('nan')]
+
+@pytest.mark.parametrize('scheme, value', [*[(s, x) for s in SCHEMES + FLOATS for x in NOT_FINITE],
+                                           *[(s, 1e30) for s in SCHEMES]], ids=str)     # finite, but no state holds it
+def test_an_increment_that_is_not_finite_reaches_the_loss(scheme, value):
+    for layer in (0, L - 1):
+        model = build(**scheme)
+        model.transformer.h[layer].mlp.c_proj.bias.data[5] = value
+        loss = model(*batch())[1]
+        assert not loss.isfinite()
+        assert not model(batch()[0])[0].isfinite().any()
+        loss.backward()
+        assert not model.transformer.wte.weight.grad.isfinite().any()
+
+def test_float16_recovers_with_its_scaler():
+    """An overflow in the scaled backward pass skips the step and lowers the scale; then training goes on."""
+    model = build(amplify=8, **LEAPFROG)
+    optimizer = model.optimizer(0.1, 1e-3, (0.9, 0.99))
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**40)
+    before = model.transformer.wte.weight.detach().clone()
+    for _ in range(40):
+        with torch.autocast('cpu', torch.float16):
+            loss = model(*batch())[1]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert 1 < scaler.get_scale() < 2**30 and not torch.equal(before, model.transformer.wte.weight)
+    assert loss.isfinite()
+
+def test_backward_does_not_touch_the_random_number_generator():
+    """Or the masks of the next micro-batch would depend on stored_layers."""
+    model = build(dropout=0.1, **LEAPFROG)
+    torch.manual_seed(5)
+    loss = model(*batch())[1]
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+def test_gelu_is_the_tanh_one_and_deep_projections_start_small():
+    mlp, x = build().transformer.h[0].mlp, torch.randn(3, 32)
+    y = mlp.c_fc(x)
+    y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    torch.testing.assert_close(mlp(x), mlp.c_proj(y))
+    model = model_py.GPT(model_py.GPTConfig(**{**SHAPE, 'n_embd': 256}))
+    assert model.transformer.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.transformer.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / (2 * L) ** 0.5, rel=0.05)
+
+def test_dropout_is_where_gpt2_has_it():
+    model = build(dropout=0.5, **LEAPFROG)
+    attn, mlp, x = model.transformer.h[0].attn, model.transformer.h[0].mlp, torch.randn(8, T, 32)
+    for part in (attn, mlp):
+        y = part.train()(x)
+        assert 0.4 < (y == 0).float().mean() < 0.6
+        survivors_are_plain = torch.allclose(y[y != 0], 2 * part.eval()(x)[y != 0], rtol=1e-4, atol=1e-5)
+        assert survivors_are_plain == (part is mlp)     # attention's weights were dropped before its output was
+    seen = []
+    model.integrate = lambda x: seen.append(x) or x
+    model.hidden(batch()[0])
+    assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+
+def test_weight_decay_is_for_matrices():
+    model = build(**LEAPFROG)
+    model.transformer.wpe.weight.requires_grad_(False)
+    decayed, left = model.optimizer(0.1, 1e-3, (0.9, 0.99)).param_groups
+    assert (decayed['weight_decay'], left['weight_decay']) == (0.1, 0.0)
+    assert len(decayed['params']) == 1 + 4 * L and all(w.dim() == 2 for w in decayed['params'])
+    assert len(left['params']) == 2 + 8 * L and all(w.dim() == 1 for w in left['params'])
+
+@pytest.mark.parametrize('exact', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_whole_models_in_half_precision(dtype, exact):
+    assert model_py.GPT(model_py.GPTConfig(**SHAPE, exact=exact)).to(dtype)(*batch())[1].isfinite()
+
+@every_scheme
+def test_a_frozen_embedding_leaves_the_other_gradients_as_they_are(scheme):
+    want = gradients(build(**scheme))
+    model = build(**scheme)
+    model.transformer.wte.weight.requires_grad_(False)
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.transformer.h[1].mlp.requires_grad_(False)
+    got = gradients(model)
+    for name, grad in got.items():
+        if 'wte' in name or 'wpe' in name or 'h.1.mlp' in name:
+            assert grad is None
+        else:
+            assert torch.equal(grad, want[name]), name
+
+def test_gradients_are_also_to_be_had_by_autograd_grad():
+    model, want = build(**LEAPFROG), gradients(build(**LEAPFROG))
+    got = torch.autograd.grad(model(*batch())[1], list(model.parameters()))
+    for grad, name in zip(got, want):
+        assert torch.equal(grad, want[name])
+
+def test_what_a_backward_pass_cannot_do_it_refuses():
+    model = build(**LEAPFROG)
+    loss = model(*batch())[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='run forward again'):
+        loss.backward()
+    loss = model(*batch())[1]
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+@pytest.mark.parametrize('scheme', [dict(scheme='standard'), *SCHEMES], ids=str)
+def test_no_position_sees_a_later_one(scheme):
+    model = build(amplify=8, **scheme).eval()
+    idx = batch()[0]
+    changed = idx.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % V
+    with torch.no_grad():
+        one, other = model.hidden(idx), model.hidden(changed)
+    assert torch.equal(one[:, :9], other[:, :9])
+    assert (one[:, 9:] != other[:, 9:]).any(-1).all()
+
+def test_standard_is_gpt2_with_the_state_dict_of_nanogpt():
+    model = build(scheme='standard')
+    names = ['transformer.wte.weight', 'transformer.wpe.weight']
+    for j in range(L):
+        for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'):
+            names += [f'transformer.h.{j}.{part}.{kind}' for kind in ('weight', 'bias')]
+    names += ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight']
+    assert list(model.state_dict()) == names
+    assert model.lm_head.weight is model.transformer.wte.weight
+    idx = batch()[0]
+    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:T]
+    for block in model.transformer.h:
+        x = x + block.attn(block.ln_1(x))
+        x = x + block.mlp(block.ln_2(x))
+    logits, loss = model(idx)
+    assert loss is None and logits.shape == (B, 1, V)
+    torch.testing.assert_close(logits, model.lm_head(model.transformer.ln_f(x))[:, [-1]])
+    # every scheme has the same weights: any of them loads this state dict
+    build(**LEAPFROG).load_state_dict(model.state_dict())
+
+def test_standard_with_checkpointing_has_the_same_gradients():
+    want = gradients(build(scheme='standard', dropout=0.1))
+    got = gradients(build(scheme='standard', dropout=0.1, stored_layers=1))
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+def test_random_a_is_drawn_once_in_quarters():
+    model = build(scheme='midpoint_a', a='random', n_layer=64)
+    a = torch.tensor(model.config.a)
+    assert torch.equal((a * 4).round() / 4, a) and a.abs().min() >= 0.5 and a.abs().max() <= 1.5
+    assert abs(a.mean()) < 0.5 and len(set(model.config.a)) > 6
+    again = model_py.GPT(model_py.GPTConfig(**asdict(model.config)))
+    assert again.config == model.config
+
+def test_states_may_overflow_and_are_rebuilt_all_the_same():
+    """int64 wraps around, and dividing by n is a multiplication modulo 2^64: nothing that wraps is lost."""
+    for n, m, k in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:
+        p_prev, p, cf = torch.randint(-2**63, 2**63 - 1, (3, 2, 3, 5))
+        p_next, bits = model_py.advance(p_prev.clone(), p, cf, n, m, k)
+        assert torch.equal(model_py.rebuild(p_next, p, cf, bits, n, m, k), p_prev)
+
+def test_accumulated_gradients_equal_those_of_a_large_batch():
+    idx, targets = batch(rows=8)
+    whole, parts = build(**LEAPFROG), build(**LEAPFROG)
+    whole(idx, targets)[1].backward()
+    for i in range(0, 8, 2):
+        (parts(idx[i:i + 2], targets[i:i + 2])[1] / 4).backward()
+    named = [{name: weight.grad for name, weight in model.named_parameters()} for model in (parts, whole)]
+    assert error(*named) < 1e-5
+
+def check_ddp(rank, scheme, frozen, unused):
+    idx, targets = batch(rows=8)
+    half = slice(4 * rank, 4 * rank + 4)
+    whole, model = build(**scheme), build(**scheme)
+    for each in (whole, model):
+        each.transformer.wte.weight.requires_grad_(not frozen)
+    whole(idx, targets)[1].backward()
+    ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    for _ in range(2):
+        model.zero_grad()
+        ddp(idx[half], targets[half])[1].backward()
+    named = [{name: weight.grad for name, weight in m.named_parameters() if weight.requires_grad} for m in (model, whole)]
+    assert error(*named) < 1e-5
+
+def two_processes(rank, port):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo')
+    for scheme in [dict(scheme='standard'), *SCHEMES[:4]]:
+        for frozen, unused in ((False, False), (True, False), (True, True)):
+            check_ddp(rank, scheme, frozen, unused)
+    torch.distributed.destroy_process_group()
+
+def test_two_processes_equal_one_with_the_whole_batch():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, (port,), nprocs=2)
+
+compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))),
+                              reason='torch.compile needs a C++ compiler on a CPU')
+
+@compiler
+@pytest.mark.parametrize('scheme', [LEAPFROG, SCHEMES[2]], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_blocks_are_exact_too(scheme, dtype):
+    torch._dynamo.reset()
+    check_exact(model_py, scheme, dtype, dropout=0.1, amplify=8, compiled=True)
+
+@compiler
+def test_a_model_compiled_from_outside_is_right():
+    want = gradients(build(**LEAPFROG))
+    model = build(**LEAPFROG)
+    torch.compile(model)(*batch())[1].backward()
+    assert error({name: weight.grad for name, weight in model.named_parameters()}, want) < 1e-5
+
+def test_generate_draws_from_the_top_and_never_from_the_padding():
+    model = build(amplify=4, **LEAPFROG).eval()
+    prompt = batch()[0][:, :3]
+    greedy = model.generate(prompt, 20, temperature=0)
+    assert greedy.shape == (B, 23) and torch.equal(greedy, model.generate(prompt, 20, top_k=1))
+    for i in range(3, 23):
+        x = model.hidden(greedy[:, max(0, i - T):i])[:, -1]
+        assert torch.equal(model.lm_head(x).argmax(-1), greedy[:, i])
+    assert model.generate(prompt, 50, temperature=100.0, vocab_size=10)[:, 3:].max() < 10
