@@ -194,8 +194,8 @@ class ReversibleStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p_prev, p, tape, f, coefficients, keep_graph, dropout, *weights):
         ctx.tape, ctx.f, ctx.coefficients, ctx.depth, ctx.dtype = tape, f, coefficients, tape.depth, p.dtype
-        # What chooses the kernels must be the same when f is evaluated again. No cache, because the cast weights that
-        # autocast caches in a pass without gradients have no history, and would take it from the backward pass.
+        # What chooses the kernels must be the same when f is evaluated again. No cache: autocast would keep a cast copy
+        # of every layer's weights until the training script leaves its context.
         kind = p.device.type
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
                             enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
