@@ -34,6 +34,7 @@ SCHEMES = {
     'midpoint_a': lambda a, h: (a, 1 - a, h),      # paper eq. 3.6
     'leapfrog':   lambda a, h: (-1, 2, h * h),     # paper eq. 2.6: the wave equation, p'' = f(p)
     'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8 and 2.9: f is attention and MLP in turn
+    'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, to convert trained nets: f is the sum of two blocks
 }
 DEFAULT_H = {'midpoint': 0.25, 'leapfrog': 0.25, 'midpoint_a': 1.0}   # the README's comparison; midpoint_a: untuned
 
@@ -46,6 +47,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True                       # in linear layers and layer norms, as GPT-2 has them
+    norm: str = 'layernorm'                 # this and the next six describe GPT-2; Llama has 'rmsnorm',
+    norm_eps: float = 1e-5
+    mlp: str = 'gelu'                       # 'swiglu',
+    n_inner: int | None = None              # another width of the MLP; None: 4 * n_embd
+    n_kv_head: int | None = None            # fewer heads for keys and values than for queries; None: n_head
+    rope_theta: float | None = None         # rotary positions to this base; None: learned positions
+    tied: bool = True                       # and sometimes a head of its own, not tied to the embedding
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | None = None           # step size, a number or one a layer; None: the scheme's DEFAULT_H
     a: float | list | str | None = None     # midpoint_a: a number or one a layer; None is 'random', as in the paper
@@ -55,13 +63,21 @@ class GPTConfig:
     def __post_init__(self):
         if self.scheme not in SCHEMES:
             raise ValueError(f"unknown scheme '{self.scheme}': choose one of {', '.join(SCHEMES)}")
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} must be 1 or more')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} must be 0 or more, and below 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head = {self.n_head} must be divisible by n_kv_head = {self.n_kv_head}')
+        if self.rope_theta is not None and self.n_embd // self.n_head % 2:
+            raise ValueError(f'rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}')
+        for name, choices in (('norm', ('layernorm', 'rmsnorm')), ('mlp', ('gelu', 'swiglu'))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} '{getattr(self, name)}': choose {' or '.join(choices)}")
         if self.stored_layers is None:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
         if not 0 <= self.stored_layers <= self.n_layer:
@@ -240,15 +256,16 @@ class ReversibleStep(torch.autograd.Function):
 
 LOSS_CHUNK = 1024   # tokens whose logits exist at one time
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
     """
-    Mean cross entropy in nats of the targets (N,) under softmax(x @ weight.T), x (N, C), weight (V, C), leaving out
-    targets of -1. The gradients of a chunk are computed while its logits are there, so no logits outlive their chunk
-    and none are computed twice. Sums are in float32 (or wider), and divided by the number of targets at the very end.
+    The sum over chunks of criterion(logits of the chunk, its rows), divided by count, where the logits are
+    x @ weight.T, x (N, C), weight (V, C), and rows is a slice of N. The gradients of a chunk are computed while its
+    logits are there, so no logits outlive their chunk and none are computed twice. Sums are in float32 (or wider), and
+    divided at the very end.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, with_grad):
+    def forward(ctx, x, weight, criterion, count, chunk, with_grad):
         kind, wide = x.device.type, torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.zeros_like(x, dtype=wide) if with_grad else None
@@ -260,8 +277,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(i, i + chunk)
             with torch.set_grad_enabled(with_grad):
                 x_i = x[rows].detach().requires_grad_(with_grad)
-                logits = F.linear(x_i, w).to(wide)                                          # (chunk, V)
-                loss = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
+                loss = criterion(F.linear(x_i, w).to(wide), rows)                           # logits (chunk, V)
             total += loss.detach()
             if with_grad:
                 loss.backward(inputs=[x_i] + [w] * w.requires_grad)
@@ -269,7 +285,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += w.grad
                     w.grad = None
-        count = (targets != -1).sum()
         if with_grad:
             ctx.save_for_backward(*(None if g is None else g.div_(count) for g in (grad_x, grad_weight)))
         return total / count
@@ -278,48 +293,76 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         grad_x, grad_weight = ctx.saved_tensors
-        return g * grad_x, None if grad_weight is None else g * grad_weight, None, None, None
+        return g * grad_x, None if grad_weight is None else g * grad_weight, None, None, None, None
 
 # -----------------------------------------------------------------------------
-# GPT-2, with nanoGPT's names
+# GPT-2, with nanoGPT's names, and Llama
+
+def rotate(x, theta):
+    """
+    Rotary positions (arXiv 2104.09864) of x (B, nh, T, hs): at position t, channels i and i + hs/2 turn by the angle
+    t * theta^(-2i / hs). Which channels make a pair is a matter of convention; this is that of Llama's public weights.
+    """
+    T, hs = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)                # (hs/2)
+    angle = torch.arange(T, device=x.device)[:, None] * frequency                               # (T, hs/2)
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = x.chunk(2, dim=-1)                                                                 # (B, nh, T, hs/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # queries, keys and values
+        self.n_head, self.n_kv_head, self.hs = config.n_head, config.n_kv_head, config.n_embd // config.n_head
+        heads = config.n_head + 2 * config.n_kv_head            # of queries, keys and values, in this order
+        self.c_attn = nn.Linear(config.n_embd, heads * self.hs, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.theta, self.dropout = config.rope_theta, config.dropout
 
     def forward(self, x):
-        B, T, C = x.size()                                      # batch, tokens, channels: 12, 1024, 768 in GPT-2
-        q, k, v = self.c_attn(x).split(C, dim=2)                # each (B, T, C)
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
+        B, T, _ = x.size()                                      # batch, tokens: 12, 1024 in GPT-2
+        qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)                            # (B, heads, T, hs)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)               # (B, nh or nkv, T, hs)
+        if self.theta is not None:
+            q, k = rotate(q, self.theta), rotate(k, self.theta)
+        if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
+            k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)              # (B, nh, T, hs)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))     # the heads side by side again
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)          # (B, nh, T, hs)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, T, C): the heads side by side again
         return F.dropout(y, self.dropout, self.training)
 
 class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = config.dropout
+        self.gated, self.dropout = config.mlp == 'swiglu', config.dropout
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate='tanh')            # (B, T, 4C); GPT-2's GELU is the tanh one
+        x = self.c_fc(x)                                        # (B, T, 4C)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)                        # (B, T, n_inner) each
+            x = F.silu(gate) * x                                # SwiGLU, arXiv 2002.05202
+        else:
+            x = F.gelu(x, approximate='tanh')                   # GPT-2's GELU is the tanh one
         return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+def norm(config):
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 class Block(nn.Module):
     """A pre-norm block as the increment f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))): paper eq. 2.5."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def attention(self, x):
@@ -344,13 +387,14 @@ class GPT(nn.Module):
         self.coefficients = config.coefficients()
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight       # tied: one matrix reads tokens in and out
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight   # one matrix reads tokens in and out
         for name, weight in self.named_parameters():            # GPT-2's initialisation
             if name.endswith('bias'):
                 nn.init.zeros_(weight)
@@ -364,6 +408,11 @@ class GPT(nn.Module):
             if self.config.scheme == 'symplectic':
                 yield block.attention, (*block.ln_1.parameters(), *block.attn.parameters()), coefficients, j
                 yield block.feedforward, (*block.ln_2.parameters(), *block.mlp.parameters()), coefficients, j
+            elif self.config.scheme == 'midpoint_sum' and j:
+                def f(x, pair=(self.transformer.h[j - 1], block)):
+                    return pair[0].forward(x) + pair[1].forward(x)
+
+                yield f, (*self.transformer.h[j - 1].parameters(), *block.parameters()), coefficients, j
             else:
                 yield block.forward, tuple(block.parameters()), coefficients, j
 
@@ -395,23 +444,39 @@ class GPT(nn.Module):
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        pos = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))    # (B, T, C)
-        return self.transformer.ln_f(self.integrate(x))
+        x = self.transformer.wte(idx)                                                       # (B, T, C)
+        if self.config.rope_theta is None:
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        return self.transformer.ln_f(self.integrate(self.transformer.drop(x)))
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, criterion=None):
         """
         idx (B, T) -> (logits of the last position (B, 1, V), None); with targets (B, T), of which those of -1 are
-        left out, (None, mean cross entropy in nats per target).
+        left out, (None, mean cross entropy in nats per target), or the mean of another criterion, as loss() takes it.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
-        return None, self.loss(x, targets)
+        return None, self.loss(x, targets, criterion=criterion)
 
-    def loss(self, x, targets, chunk=LOSS_CHUNK):
-        x, with_grad = x.flatten(0, 1), torch.is_grad_enabled()
-        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets.flatten(), chunk, with_grad)
+    def loss(self, x, targets, chunk=LOSS_CHUNK, criterion=None):
+        """Mean loss of x (B, T, C) from hidden(). A criterion has (logits (N, V), slice of B * T) -> sum of losses."""
+        targets = targets.flatten()
+        criterion = criterion or (lambda logits, rows: F.cross_entropy(logits, targets[rows], ignore_index=-1,
+                                                                       reduction='sum'))
+        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, criterion, (targets != -1).sum(), chunk,
+                                 torch.is_grad_enabled())
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, **overrides):
+        """GPT-2, TinyLlama or SmolLM2 from the hub, a folder of save_pretrained, or nanoGPT's ckpt.pt: pretrained.py."""
+        from pretrained import load
+        config, weights = load(name_or_folder)
+        model = cls(GPTConfig(**{**config, **overrides}))
+        if 'transformer.wpe.weight' in weights:                 # learned positions may be cut to a shorter context
+            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:model.config.block_size]
+        model.load_state_dict(weights)
+        return model
 
     def compile(self, *args, **kwargs):
         """torch.compile of every f. The recurrence stays as it is: f is where the work is, and where it repeats."""

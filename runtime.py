@@ -1,0 +1,198 @@
+"""
+What train.py and retrofit.py share around their loops: processes, device and dtype, data, validation, the log.
+
+The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import machine
+
+# -----------------------------------------------------------------------------
+# processes
+
+rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                           (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+main = rank == 0                            # this one prints and writes
+
+def say(*args):
+    if main:
+        print(*args, flush=True)
+
+def fail(sentence):
+    sys.exit(sentence if local_rank == 0 else 1)        # once on every machine: one alone may be at fault
+
+def start(knobs):
+    """Joins the processes; device, autocast and gradient scaler, after a look at the knobs' ranges."""
+    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'eval_interval',
+                 'eval_windows', 'log_interval', 'vocab_size', 'lr_decay_iters'):
+        value = getattr(knobs, name, None)
+        if value is not None and value < 1:
+            fail(f'{name} = {value} must be 1 or more')
+    for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
+        if not getattr(knobs, name) >= 0:   # nor nan
+            fail(f'{name} = {getattr(knobs, name)} must be 0 or more')
+    for name in ('beta1', 'beta2'):
+        if not 0 <= getattr(knobs, name) < 1:
+            fail(f'{name} = {getattr(knobs, name)} must be 0 or more, and below 1')
+    if knobs.gradient_accumulation_steps % world:
+        fail(f'gradient_accumulation_steps = {knobs.gradient_accumulation_steps} must be divisible by {world} processes')
+
+    kind, dtype, reasons = machine(knobs.device, knobs.dtype)
+    say(reasons)
+    device = torch.device(kind, local_rank) if kind == 'cuda' else torch.device(kind)
+    if kind == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')      # TF32 for what stays in float32
+    if world > 1:
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    return SimpleNamespace(kind=kind, device=device, dtype=dtype,
+                           autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
+                           scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'))
+
+def all_reduce(*numbers):
+    """The sums over all processes."""
+    if world == 1:
+        return list(numbers)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+signals = []                                # that asked this process to stop; torchrun passes on what it gets itself
+
+def catch_signals():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+# -----------------------------------------------------------------------------
+# data
+
+def open_data(knobs):
+    """meta.json (how text became tokens: sample.py needs it too), and the tokens for training and for validation."""
+    folder = os.path.join('data', knobs.dataset)
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+            meta = json.load(file)
+        train, val = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
+                      for split in ('train', 'val'))
+    except (OSError, ValueError, KeyError):
+        fail(f'there is no data in {folder}, or not all of it: run "python {folder}/prepare.py" first')
+    if min(len(train), len(val)) <= knobs.block_size:
+        fail(f'{folder} has {len(train)} training and {len(val)} validation tokens, too few for '
+             f'block_size = {knobs.block_size}: choose a smaller block_size')
+    return meta, train, val
+
+def windows(data, starts, T, device):
+    """Inputs and targets, both (rows, T), from these places of the data."""
+    x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
+    if device.type == 'cuda':
+        x = x.pin_memory().to(device, non_blocking=True)
+    return x[:, :-1].to(device), x[:, 1:].to(device)
+
+def training_batch(data, knobs, step, micro, device):
+    """This process's rows of a micro-batch. Row i of a step starts at a place that seed, step and i decide."""
+    first = (micro * world + rank) * knobs.batch_size
+    return windows(data, [np.random.default_rng((knobs.seed, step, i)).integers(len(data) - knobs.block_size)
+                          for i in range(first, first + knobs.batch_size)], knobs.block_size, device)
+
+# -----------------------------------------------------------------------------
+# a step
+
+def cosine(knobs, step):
+    """The learning rate: linear warm-up, then a cosine down to min_lr."""
+    if step < knobs.warmup_iters:
+        return knobs.learning_rate * (step + 1) / (knobs.warmup_iters + 1)
+    ratio = min(1.0, (step - knobs.warmup_iters) / max(1, (knobs.lr_decay_iters or knobs.max_iters) - knobs.warmup_iters))
+    return knobs.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (knobs.learning_rate - knobs.min_lr)
+
+def update(model, optimizer, data, knobs, here, step, lr, loss_of):
+    """
+    One step of the optimizer: the gradients of loss_of(x, y), averaged over all rows of this step, clipped. Returns the
+    loss, the norm of the gradient and whether to stop, the same in every process.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    # dropout too depends on the step alone, so that nothing of it need be saved
+    torch.manual_seed(int(np.random.default_rng((knobs.seed, step, rank, 1)).integers(2**63)))
+    accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
+    loss = 0.0
+    for micro in range(accumulation):
+        x, y = training_batch(data, knobs, step, micro, here.device)
+        with nullcontext() if micro == accumulation - 1 or world == 1 else model.no_sync():     # gradients meet once
+            with here.autocast:
+                micro_loss = loss_of(x, y) / accumulation
+            here.scaler.scale(micro_loss).backward()
+        loss += micro_loss.item()
+    loss, stop = all_reduce(loss / world, len(signals))             # all processes stop at the same step
+    here.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
+        fail(f'step {step}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
+             'and last.pt, if there is one, is as it was')
+    here.scaler.step(optimizer)
+    here.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, bool(stop)
+
+# -----------------------------------------------------------------------------
+# what is measured
+
+@torch.no_grad()
+def validation_loss(model, data, knobs, here):
+    """Mean loss in nats per token over windows spread evenly over the data, each process taking its share."""
+    model.eval()
+    places = len(data) - knobs.block_size
+    starts = np.linspace(0, places - 1, min(knobs.eval_windows, places)).astype(int)[rank::world]
+    total = 0.0
+    for i in range(0, len(starts), knobs.batch_size):
+        rows = starts[i:i + knobs.batch_size]
+        with here.autocast:
+            total += model(*windows(data, rows, knobs.block_size, here.device))[1].item() * len(rows)
+    model.train()
+    total, count = all_reduce(total, len(starts))
+    return total / count
+
+def peak_memory(kind):
+    """Gigabytes: allocated on the GPU, or resident in this process."""
+    if kind == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
+    if kind == 'mps':
+        return torch.mps.driver_allocated_memory() / 1e9
+    if sys.platform == 'win32':             # which has no resource module
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+
+def open_log(folder, columns, step):
+    """record(**values), which adds a row to log.csv in this folder, made here. Rows of steps after this one go."""
+    path = os.path.join(folder, 'log.csv')
+    if main:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            fail(f'{folder} cannot be made: {error.strerror}; choose another --out_dir')
+        rows = []
+        if step and os.path.exists(path):   # a run that was killed has logged steps that its checkpoint does not know
+            with open(path, newline='') as file:
+                rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
+        with open(f'{path}.part', 'w', newline='') as file:
+            writer = csv.DictWriter(file, columns, extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f'{path}.part', path)
+
+    def record(**values):
+        if main:
+            with open(path, 'a', newline='') as file:
+                csv.DictWriter(file, columns).writerow(values)
+    return record
