@@ -470,13 +470,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
         """GPT-2, TinyLlama or SmolLM2 from the hub, a folder of save_pretrained, or nanoGPT's ckpt.pt: pretrained.py."""
-        from pretrained import load
-        config, weights = load(name_or_folder)
-        model = cls(GPTConfig(**{**config, **overrides}))
-        if 'transformer.wpe.weight' in weights:                 # learned positions may be cut to a shorter context
-            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:model.config.block_size]
-        model.load_state_dict(weights)
-        return model
+        from pretrained import build
+        return build(name_or_folder, **overrides)[0]
 
     def compile(self, *args, **kwargs):
         """torch.compile of every f. The recurrence stays as it is: f is where the work is, and where it repeats."""
@@ -509,7 +504,8 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial(F.softmax(logits.float() / temperature, dim=-1), 1)
+                logits = logits.float() - logits.max(-1, keepdim=True).values       # none overflows, however cold
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
 

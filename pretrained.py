@@ -17,7 +17,8 @@ import sys
 import requests
 import torch
 
-from data.download import download
+from data.download import download, gpt2_encoding
+from model import GPT, GPTConfig, load_checkpoint
 
 # -----------------------------------------------------------------------------
 # from a name to its files
@@ -110,7 +111,6 @@ BUFFERS = '.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'
 
 def shapes(config):
     """Our names and shapes of the weights of this config."""
-    from model import GPT, GPTConfig
     with torch.device('meta'):
         return {name: weight.shape for name, weight in GPT(GPTConfig(**config)).state_dict().items()}
 
@@ -188,25 +188,65 @@ def config_of(theirs, where):
     raise ValueError(f'{where}: the architecture {family!r} is not supported, only gpt2 and llama')
 
 def load(name):
-    """(fields of GPTConfig, state dict) of a name, a folder or a nanoGPT checkpoint."""
+    """(fields of GPTConfig, state dict, how its text became tokens) of a name, a folder or a checkpoint."""
     if name.endswith('.pt'):
-        return load_nanogpt(name)
+        return load_checkpoint_of_any(name)
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
-    return config, rename(read_weights(name), family, config, name)
+    meta = dict(encoding='gpt2', vocab_size=50257) if family == 'gpt2' else dict(encoding='tokenizer.json', model=name)
+    return config, rename(read_weights(name), family, config, name), meta
 
-def load_nanogpt(path):
-    if not os.path.isfile(path):
-        raise ValueError(f'there is no checkpoint {path}')
+def load_checkpoint_of_any(path):
+    """As load(), of a checkpoint of train.py, of retrofit.py or of nanoGPT."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
-    except Exception:                           # what damage raises depends on the byte
-        raise ValueError(f'{path} is damaged, or no checkpoint of nanoGPT') from None
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        nano = 'model_args' in checkpoint
+    except Exception:
+        nano = False                            # load_checkpoint() says what is wrong
+    if not nano:
+        checkpoint = load_checkpoint(path)
+        return checkpoint['config'], checkpoint['model'], checkpoint['meta']
+    config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
     weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()}     # of a compiled model
     for name, shape in shapes(config).items():
         if name not in weights:
             raise ValueError(f'{path} has no tensor {name}')
         if weights[name].shape != shape:
             raise ValueError(f'{path}: {name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}')
-    return config, weights
+    return config, weights, dict(encoding='gpt2', vocab_size=50257)     # as of all its data sets but the characters
+
+def build(name, **overrides):
+    """(model, how its text became tokens) of a name, a folder or a checkpoint, with fields of GPTConfig to change."""
+    config, weights, meta = load(name)
+    model = GPT(GPTConfig(**{**config, **overrides}))
+    if 'transformer.wpe.weight' in weights:     # learned positions may be cut to a shorter context
+        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:model.config.block_size]
+    model.load_state_dict(weights)
+    return model, meta
+
+# -----------------------------------------------------------------------------
+# tokens
+
+def tokenizer(meta):
+    """(text -> tokens, tokens -> text), as a data set was encoded; meta is its meta.json."""
+    if meta['encoding'] == 'bytes':
+        return lambda text: list(text.encode(errors='surrogateescape')), lambda x: bytes(x).decode(errors='replace')
+    if meta['encoding'] == 'chars':
+        chars = meta['chars']
+        return lambda text: [chars.index(c) for c in text], lambda tokens: ''.join(chars[i] for i in tokens)
+    if meta['encoding'] == 'tokenizer.json':    # of a pretrained model
+        try:
+            import tokenizers
+        except ImportError:
+            sys.exit(f"the tokenizer of {meta['model']} needs one more package: pip install tokenizers")
+        own = tokenizers.Tokenizer.from_file(need(meta['model'], 'tokenizer.json'))
+        return lambda text: own.encode(text).ids, own.decode
+    gpt2 = gpt2_encoding()
+    return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
+
+def same_tokens(name, one, other_name, other):
+    """ValueError unless both metas say that text became tokens in the same way."""
+    for key in ('encoding', 'chars', 'model'):
+        if one.get(key) != other.get(key):
+            raise ValueError(f"{name} reads tokens of {key} {one.get(key)!r}, and {other_name} has {other.get(key)!r}: "
+                             'encode the data with the tokenizer of the model')

@@ -42,6 +42,8 @@ def start(knobs):
     for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
         if not getattr(knobs, name) >= 0:   # nor nan
             fail(f'{name} = {getattr(knobs, name)} must be 0 or more')
+    if knobs.seed >= 2**63:
+        fail(f'seed = {knobs.seed} must be below 2^63')
     for name in ('beta1', 'beta2'):
         if not 0 <= getattr(knobs, name) < 1:
             fail(f'{name} = {getattr(knobs, name)} must be 0 or more, and below 1')
@@ -118,7 +120,8 @@ def cosine(knobs, step):
 def update(model, optimizer, data, knobs, here, step, lr, loss_of):
     """
     One step of the optimizer: the gradients of loss_of(x, y), averaged over all rows of this step, clipped. Returns the
-    loss, the norm of the gradient and whether to stop, the same in every process.
+    loss and the norm of the gradient, or None if a signal has asked to stop: the step is then not made, and the weights
+    are those which have just given a finite loss. It is the same in every process.
     """
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -137,12 +140,14 @@ def update(model, optimizer, data, knobs, here, step, lr, loss_of):
     here.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
-        fail(f'step {step}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
+        fail(f'step {step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
              'and last.pt, if there is one, is as it was')
+    if stop:
+        return None
     here.scaler.step(optimizer)
     here.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, bool(stop)
+    return loss, norm
 
 # -----------------------------------------------------------------------------
 # what is measured
@@ -177,19 +182,19 @@ def open_log(folder, columns, step):
     """record(**values), which adds a row to log.csv in this folder, made here. Rows of steps after this one go."""
     path = os.path.join(folder, 'log.csv')
     if main:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            fail(f'{folder} cannot be made: {error.strerror}; choose another --out_dir')
         rows = []
         if step and os.path.exists(path):   # a run that was killed has logged steps that its checkpoint does not know
             with open(path, newline='') as file:
                 rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
-        with open(f'{path}.part', 'w', newline='') as file:
-            writer = csv.DictWriter(file, columns, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(f'{path}.part', path)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(f'{path}.part', 'w', newline='') as file:
+                writer = csv.DictWriter(file, columns, extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(f'{path}.part', path)
+        except OSError as error:
+            fail(f'{folder} cannot be written to ({error.strerror}): choose another --out_dir')
 
     def record(**values):
         if main:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from configurator import configure, machine
-from model import GPT, GPTConfig, load_checkpoint
+from pretrained import build, tokenizer
 
 @dataclass
 class Knobs:
-    init_from: str = 'out/best.pt'          # a checkpoint of train.py
+    init_from: str = 'out/best.pt'          # a checkpoint, or anything GPT.from_pretrained takes, such as gpt2
     prompt: str = '\n'
     num_samples: int = 1
     max_new_tokens: int = 300
@@ -24,30 +24,14 @@ class Knobs:
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'
     dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'
 
-def tokenizer(meta):
-    """(text -> tokens, tokens -> text), as the data set was encoded; meta is its meta.json."""
-    if meta['encoding'] == 'bytes':
-        return lambda text: list(text.encode(errors='surrogateescape')), lambda tokens: bytes(tokens).decode(errors='replace')
-    if meta['encoding'] == 'chars':
-        chars = meta['chars']
-        return lambda text: [chars.index(c) for c in text], lambda tokens: ''.join(chars[i] for i in tokens)
-    import requests
-    import tiktoken
-    try:
-        gpt2 = tiktoken.get_encoding('gpt2')
-    except requests.RequestException as error:
-        sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): sample once while connected")
-    return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
-
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     print(reasons)
     try:
-        checkpoint = load_checkpoint(knobs.init_from)
+        model, meta = build(knobs.init_from)
     except ValueError as error:
         sys.exit(f'{error}; name another with --init_from=...')
-    meta = checkpoint['meta']
     if not knobs.prompt:
         sys.exit('the prompt is empty: give at least one character, such as a newline')
     if meta['encoding'] == 'chars' and (unknown := set(knobs.prompt) - set(meta['chars'])):
@@ -57,13 +41,16 @@ if __name__ == '__main__':
     if knobs.num_samples < 1 or knobs.max_new_tokens < 1:
         sys.exit('num_samples and max_new_tokens must be 1 or more')
 
-    model = GPT(GPTConfig(**checkpoint['config'])).to(kind).eval()
-    model.load_state_dict(checkpoint['model'])
+    if not 0 <= knobs.seed < 2**63:
+        sys.exit(f'seed = {knobs.seed} must be 0 or more, and below 2^63')
+
+    model.to(kind).eval()
+    sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
     torch.manual_seed(knobs.seed)
     encode, decode = tokenizer(meta)
     idx = torch.tensor([encode(knobs.prompt)] * knobs.num_samples, device=kind)         # (num_samples, T)
     with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
-        idx = model.generate(idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, meta['vocab_size'])
+        idx = model.generate(idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, meta.get('vocab_size'))
     for tokens in idx.tolist():
         print('-' * 80)
         print(decode(tokens))

@@ -231,6 +231,7 @@ def check_ddp(rank, scheme, frozen, unused):
     whole, model = build(**scheme), build(**scheme)
     for each in (whole, model):
         each.transformer.wte.weight.requires_grad_(not frozen)
+        each.transformer.wpe.weight.requires_grad_(not frozen)
     whole(idx, targets)[1].backward()
     ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     for _ in range(2):

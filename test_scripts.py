@@ -13,14 +13,16 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import runtime
 from configurator import configure, machine
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from sample import tokenizer
+from pretrained import tokenizer
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,
@@ -103,6 +105,33 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
             for x, y in zip(a, b):
                 assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
 
+def test_validation_loss_is_that_of_the_saved_model(place, whole):
+    checkpoint = load_checkpoint(str(place / 'whole' / 'last.pt'))
+    model = GPT(GPTConfig(**checkpoint['config'])).eval()
+    model.load_state_dict(checkpoint['model'])
+    val = np.fromfile(place / 'data' / 'tiny' / 'val.bin', np.uint8)
+    losses = [model(*(torch.tensor(val[None, i + j:i + j + 16].astype(int)) for j in (0, 1)))[1].item()
+              for i in np.linspace(0, len(val) - 17, 9).astype(int)]
+    assert np.mean(losses) == pytest.approx(float(whole[-1][-1]), rel=1e-5)
+
+def test_validation_windows_are_spread_over_the_processes(monkeypatch):
+    rows, knobs = [], SimpleNamespace(block_size=4, eval_windows=9, batch_size=2)
+    here = SimpleNamespace(device=torch.device('cpu'), autocast=torch.autocast('cpu', enabled=False))
+
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            rows.extend(x[:, 0].tolist())
+            return None, x[:, 0].float().mean()
+
+    means = []
+    for monkey, world in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(runtime, 'rank', monkey)
+        monkeypatch.setattr(runtime, 'world', world)
+        monkeypatch.setattr(runtime, 'all_reduce', lambda *numbers: list(numbers))
+        means.append(runtime.validation_loss(Model(), np.arange(1000), knobs, here))
+    assert len(set(rows[:9])) == 9 and sorted(rows[:9]) == sorted(rows[9:])
+    assert means[0] == np.mean(rows[:9]) and means[1] == np.mean(rows[9:14])
+
 def test_learning_rate_and_gradient_norm(place, whole):
     warm, low, high = [6e-4 / 3, 6e-4 * 2 / 3], 6e-5, 6e-4
     cosine = [low + (high - low) * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
@@ -120,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     before = (place / 'broken' / 'last.pt').read_bytes()
     sentence = complaint(place, 'train.py', out_dir='broken', init_from='resume',
                          **{**SMALL, 'learning_rate': 1e20, 'min_lr': 1e20})
-    assert 'step 5: the loss is nan' in sentence and 'last.pt' in sentence
+    assert 'step 6: the loss is nan' in sentence and 'last.pt' in sentence
     assert (place / 'broken' / 'last.pt').read_bytes() == before
 
 def test_a_validation_loss_that_is_not_finite_is_not_saved(place):
@@ -171,10 +200,10 @@ def complaint(place, script, **flags):
     (dict(block_size=1500), 'too few for block_size = 1500'),
     (dict(scheme='euler'), "unknown scheme 'euler'"),
     (dict(init_from='resume'), 'there is no checkpoint'),
-    (dict(init_from='elsewhere'), 'choose scratch or resume'),
+    (dict(init_from='elsewhere'), "'elsewhere' is neither a folder nor a model known here"),
     (dict(batch_size=0), 'batch_size = 0 must be 1 or more'),
     (dict(learning_rate='nan'), "learning_rate = 'nan' is of type str: expected float"),
-    (dict(out_dir='data/tiny/train.bin'), 'cannot be made: File exists; choose another --out_dir'),
+    (dict(out_dir='data/tiny/train.bin'), 'cannot be written to (File exists): choose another --out_dir'),
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', **flags})
@@ -226,6 +255,16 @@ def test_damage_anywhere_is_a_sentence(place, whole, tmp_path):
             assert 'use another one' in str(error)
         else:
             assert all(torch.equal(found[name], sound[name]) for name in sound)
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'done'),)
+
+    torch.save(dict(model={}, config={}, meta=Malice()), tmp_path / 'last.pt')
+    with pytest.raises(ValueError, match='no checkpoint of ours'):
+        load_checkpoint(str(tmp_path / 'last.pt'))
+    assert not (tmp_path / 'done').exists()
 
 @pytest.mark.parametrize('damage', ['cut off', 'one bit', 'empty', 'text'])
 def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
@@ -294,6 +333,9 @@ def test_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)
 def test_every_config_builds(path):
+    if os.path.basename(path).startswith('retrofit'):
+        assert configure(knobs_of('retrofit.py'), [path]).dataset
+        return
     knobs = configure(knobs_of('train.py'), [path])
     names = GPTConfig.__dataclass_fields__
     with torch.device('meta'):

@@ -23,13 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from pretrained import build, same_tokens
 from runtime import (all_reduce, catch_signals, cosine, fail, local_rank, main, open_data, open_log, peak_memory, say,
                      start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
     out_dir: str = 'out'
-    init_from: str = 'scratch'              # or 'resume': from last.pt in out_dir
+    init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
+                                            # anything GPT.from_pretrained takes: its model is then what is trained
     seed: int = 1337
     # data
     dataset: str = 'python'                 # a folder of data/
@@ -84,31 +86,37 @@ meta, train_data, val_data = open_data(knobs)
 # model, optimizer, checkpoint
 
 FIELDS = {field.name for field in fields(GPTConfig)}
+PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, stored_layers=knobs.stored_layers)     # may change on the way
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
+torch.manual_seed(knobs.seed)
 try:
-    if knobs.init_from == 'resume':
+    if knobs.init_from == 'scratch':
+        vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
+        raw_model = GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, 'vocab_size': vocab_size}))
+    elif knobs.init_from == 'resume':
         checkpoint = load_checkpoint(last)
+        if 'knobs' not in checkpoint:
+            fail(f'{last} was not written by train.py: start from it with --init_from={last} and another --out_dir')
         if checkpoint['meta'] != meta:
             fail(f'{last} was trained on other tokens than those of data/{knobs.dataset}: give the --dataset it had')
-        for name in sorted(FIELDS - {'dropout', 'exact', 'stored_layers'}):  # what its weights were trained to be
+        for name in sorted(FIELDS - set(PASSING)):
             if getattr(knobs, name) != checkpoint['knobs'][name]:
                 fail(f"{name} = {getattr(knobs, name)}, but {last} was trained with {name} = "
                      f"{checkpoint['knobs'][name]}: resume with the config file and flags it was trained with")
-        config = replace(GPTConfig(**checkpoint['config']), dropout=knobs.dropout, exact=knobs.exact,
-                         stored_layers=knobs.stored_layers)
-    elif knobs.init_from == 'scratch':
-        vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
-        config = GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, 'vocab_size': vocab_size})
+        raw_model = GPT(replace(GPTConfig(**checkpoint['config']), **PASSING))
     else:
-        fail(f"init_from = '{knobs.init_from}': choose scratch or resume")
+        raw_model, its_meta = build(knobs.init_from, **PASSING)
+        same_tokens(knobs.init_from, its_meta, f'data/{knobs.dataset}', meta)
 except ValueError as error:
     fail(str(error))
+config = raw_model.config
 if config.vocab_size < meta['vocab_size']:
     fail(f"vocab_size = {config.vocab_size} is too small: data/{knobs.dataset} has {meta['vocab_size']}")
+if config.block_size < knobs.block_size:
+    fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
 
-torch.manual_seed(knobs.seed)
-raw_model = GPT(config).to(here.device)
+raw_model.to(here.device)
 optimizer = raw_model.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model'])
@@ -140,8 +148,10 @@ peak_flops = (PEAK_FLOPS.get(torch.cuda.get_device_name())
               if here.kind == 'cuda' and here.dtype != 'float32' else None)
 # 6 operations a weight and token, and 12 for each pair of tokens and channel in attention; what is computed a second
 # time in the backward pass is not counted, so that schemes compare
-matrices = raw_model.count_parameters() - config.block_size * config.n_embd
-flops_per_token = 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
+lookups = [raw_model.get_parameter(f'transformer.{name}.weight').numel()         # tables that multiply nothing
+           for name, there in (('wpe', config.rope_theta is None), ('wte', not config.tied)) if there]
+flops_per_token = (6 * (raw_model.count_parameters() - sum(lookups))
+                   + 12 * config.n_layer * config.n_embd * knobs.block_size)
 
 # -----------------------------------------------------------------------------
 # training
@@ -173,7 +183,12 @@ if step == 0:
 clock, steps_timed = time.time(), 0
 while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
-    loss, norm, stop = update(model, optimizer, train_data, knobs, here, step, lr, lambda x, y: model(x, y)[1])
+    made = update(model, optimizer, train_data, knobs, here, step, lr, lambda x, y: model(x, y)[1])
+    if made is None:
+        save(last)
+        say(f'stopped at step {step}: go on with --init_from=resume')
+        break
+    loss, norm = made
     step += 1
     steps_timed += 1
 
@@ -189,10 +204,6 @@ while step < knobs.max_iters:
         pause = time.time()
         evaluate_and_save()
         clock += time.time() - pause
-    if stop:
-        save(last)
-        say(f'stopped at step {step}: go on with --init_from=resume')
-        break
 
 if world > 1:
     dist.destroy_process_group()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import requests
+import tiktoken
 from tqdm import tqdm
 
 PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
@@ -105,6 +106,13 @@ def digest(path):
         while chunk := f.read(CHUNK):
             sha256.update(chunk)
     return sha256.hexdigest()
+
+def gpt2_encoding():
+    """GPT-2's tokens, which tiktoken downloads once"""
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except requests.RequestException as error:
+        sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
 
 # -----------------------------------------------------------------------------
 # from a .part to its final name

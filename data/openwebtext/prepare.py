@@ -23,11 +23,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, publish_dataset
+from data.download import download, gpt2_encoding, publish_dataset
 
 HERE = Path(__file__).resolve().parent
 REVISION = '8cfd553694d06979cfec29248b200468786f0294'
@@ -47,7 +46,7 @@ def documents(archive):
 
 def encode(archive):
     """the train and val tokens of one archive of some 400 documents, in a worker"""
-    gpt2 = tiktoken.get_encoding('gpt2')
+    gpt2 = gpt2_encoding()
     train, val = [], []
     for document in documents(archive):
         text = re.sub('\n{3,}', '\n\n', document.decode('utf-8')).strip() # as its usual loader does
@@ -59,7 +58,7 @@ def encode(archive):
 def prepare(folder=HERE, url=URL, subsets=SUBSETS, workers=os.cpu_count()):
     if not 1 <= subsets <= SUBSETS:
         sys.exit(f'--subsets={subsets}: choose from 1 to {SUBSETS}')
-    gpt2 = tiktoken.get_encoding('gpt2') # fetched once here, not by all workers at once
+    gpt2 = gpt2_encoding() # fetched once here, not by all workers at once
 
     with (open(folder / 'train.bin.part', 'wb') as train, open(folder / 'val.bin.part', 'wb') as val,
           multiprocessing.get_context('spawn').Pool(workers) as pool):

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, publish_dataset
+from data.download import download, gpt2_encoding, publish_dataset
 from data.shakespeare_char.prepare import SHA256, URL # the same text
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 def prepare(folder=HERE, url=URL, sha256=SHA256):
     download(url, folder / 'input.txt', sha256=sha256)
     text = (folder / 'input.txt').read_text(encoding='utf-8')
-    gpt2 = tiktoken.get_encoding('gpt2')
+    gpt2 = gpt2_encoding()
 
     n = len(text) * 9 // 10
     for split, part in (('train', text[:n]), ('val', text[n:])):

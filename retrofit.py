@@ -1,0 +1,271 @@
+"""
+Turns a trained standard model into a reversible one, and tunes it until its outputs are the old ones again.
+
+    python retrofit.py config/retrofit_python.py                        # a demonstration, minutes on a CPU
+    python retrofit.py config/retrofit_gpt2.py                          # GPT-2, on a GPU
+    python retrofit.py config/retrofit_gpt2.py --bits=1                 # one bit an element and layer, much closer
+    torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
+    python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
+    python train.py --init_from=out_retrofit/midpoint_a_0/last.pt ...   # more training on text of your own
+
+A trained net is p_next = p + f(p), which is midpoint(a) at a = 0. Consistency with p' = f asks for h = 1 + a:
+
+    p_next = a * p_prev + (1 - a) * p + (1 + a) * f(p)          (paper eq. 3.6; the first layer is p + f(p))
+
+With |a| = 2^-k it remembers k bits an element and layer. At a = 1 it remembers nothing, and only then does memory not
+grow with depth: a goes there while the student is tuned to the teacher's distribution. Towards -1, h and the net would
+vanish. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
+"""
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure
+from model import GPT, load_checkpoint, save_checkpoint
+from pretrained import build, same_tokens
+from runtime import (all_reduce, catch_signals, cosine, fail, local_rank, main, open_data, open_log, peak_memory, say,
+                     start, update, validation_loss, world)
+
+@dataclass
+class Knobs:
+    out_dir: str = 'out_retrofit'           # each conversion gets a folder in it
+    init_from: str = 'teacher'              # or 'resume': the conversions that out_dir has begun
+    teacher: str = 'gpt2'                   # a checkpoint of train.py, or anything GPT.from_pretrained takes
+    teacher_config: str | None = None       # with this config train.py makes the teacher, if there is none
+    seed: int = 1337
+    seeds: list | None = None               # each student once for each of these; None: for seed alone
+    # conversion
+    conversion: str = 'midpoint_a'          # or 'midpoint_sum', the paper's estimate of p_prev: twice the work;
+                                            # 'symplectic'; 'all': the full table
+    bits: int | list = 0                    # midpoint_a: |a| = 2^-bits, 0 for a = 1; a list makes one after the other
+    sign: int = 1                           # of a, where bits are remembered
+    anneal_from: float = 0.25               # a = 1 is reached geometrically from here,
+    anneal_part: float = 0.6                # in this part of the steps
+    # tuning
+    dataset: str = 'openwebtext'            # a folder of data/
+    batch_size: int = 8                     # sequences in a micro-batch
+    gradient_accumulation_steps: int = 8    # micro-batches a step, over all processes together
+    block_size: int = 1024                  # tokens in a sequence
+    temperature: float = 1.0                # of both distributions
+    data_weight: float = 0.0                # of the text's own cross entropy; the rest is for the teacher
+    learning_rate: float = 1e-4
+    min_lr: float = 1e-5
+    max_iters: int = 2000                   # steps
+    warmup_iters: int = 100
+    lr_decay_iters: int | None = None       # None: max_iters
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
+    # evaluation and machine, as in train.py
+    eval_interval: int = 500
+    eval_windows: int = 400
+    log_interval: int = 10
+    stored_layers: int = 0                  # of the student
+    device: str = 'auto'
+    dtype: str = 'auto'
+    compile: bool = False
+
+def a_at(step, run):
+    """a of a step: none or fixed, or on its way to 1, rounded to n / 256 so that it can be undone exactly."""
+    if run.conversion != 'midpoint_a':
+        return None
+    if run.bits:
+        return run.sign / 2**run.bits
+    way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made at a = 1
+    return round(256 * run.anneal_from ** max(0.0, 1 - step / way)) / 256 if way else 1.0
+
+def converted(config, run, a):
+    """The config of a student, from that of its teacher."""
+    h = None if a is None else [1.0] + [1 + a] * (config.n_layer - 1)
+    return replace(config, scheme=run.conversion, a=a, h=h, stored_layers=run.stored_layers)
+
+def remembered(model):
+    """Bits an element of the state, for each layer."""
+    k = [k for _, _, k, _ in model.coefficients]
+    return k[0] if len(set(k)) == 1 else k
+
+def distillation(hidden, targets):
+    """
+    A criterion for GPT.loss(): the divergence KL(teacher, student), in nats a token, both at a temperature t and scaled
+    by t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. hidden (B, T, C) is what
+    teacher.hidden() gave: its logits too exist one chunk at a time.
+    """
+    hidden, targets, t = hidden.flatten(0, 1), targets.flatten(), knobs.temperature
+
+    def criterion(logits, rows):                            # logits (chunk, V)
+        with torch.no_grad():
+            wanted = F.log_softmax(teacher.lm_head(hidden[rows]).to(logits.dtype) / t, dim=-1)
+        loss = F.kl_div(F.log_softmax(logits / t, dim=-1), wanted, reduction='sum', log_target=True) * t**2
+        if knobs.data_weight:
+            own = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
+            loss = (1 - knobs.data_weight) * loss + knobs.data_weight * own
+        return loss
+    return criterion
+
+MAY_CHANGE = {'out_dir', 'init_from', 'seeds', 'teacher_config', 'eval_interval', 'eval_windows', 'log_interval',
+              'stored_layers', 'device', 'compile'}         # of the knobs, when a run is resumed
+
+def tune(name, conversion, bits, sign, seed):
+    """Makes and tunes a student: (loss before, loss after), or None if it was asked to stop."""
+    run = replace(knobs, conversion=conversion, bits=bits, sign=sign, seed=seed)
+    folder = os.path.join(knobs.out_dir, name)
+    last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
+    if knobs.init_from == 'resume' and os.path.exists(last):
+        checkpoint = load_checkpoint(last)
+        for knob, value in checkpoint['retrofit'].items():
+            if getattr(run, knob) != value:
+                fail(f'{knob} = {getattr(run, knob)}, but {last} was made with {knob} = {value}: resume with the '
+                     'config file and flags it was made with')
+        step, before, after = (checkpoint[key] for key in ('step', 'before', 'after'))
+    if all_reduce(step)[0] != step * world:
+        fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
+    a = a_at(step, run)
+    student = GPT(converted(teacher.config, run, a)).to(here.device)
+    student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
+    optimizer = student.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        if checkpoint['scaler']:            # empty, unless the run was in float16
+            here.scaler.load_state_dict(checkpoint['scaler'])
+    else:
+        before, after = validation_loss(student, val_data, knobs, here), None
+        say(f'{name}: {remembered(student)} bits an element and layer, validation loss {before:.4f} before tuning')
+    checkpoint = None                       # free its memory
+    if knobs.compile:
+        student.compile()
+    model = student
+    if world > 1:
+        model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None)
+    record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'a', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
+
+    def loss_of(x, y):
+        with torch.no_grad():
+            hidden = teacher.hidden(x)
+        return model(x, y, distillation(hidden, y))[1]
+
+    def save():
+        if main:
+            save_checkpoint(last, dict(
+                model=student.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
+                config=asdict(student.config), meta=meta, before=before, after=after,
+                retrofit={knob: value for knob, value in asdict(run).items() if knob not in MAY_CHANGE}))
+
+    tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
+    clock, steps_timed = time.time(), 0
+    while step < knobs.max_iters:
+        if a != a_at(step, run):            # between two steps, never between forward and backward
+            a = a_at(step, run)
+            student.config = converted(teacher.config, run, a)
+            student.coefficients = student.config.coefficients()
+        lr = cosine(knobs, step)
+        made = update(model, optimizer, train_data, run, here, step, lr, loss_of)
+        if made is None:
+            save()
+            say(f'stopped at step {step} of {name}: go on with --init_from=resume')
+            return None
+        loss, norm = made
+        step += 1
+        steps_timed += 1
+        if step % knobs.log_interval == 0 or step == knobs.max_iters:
+            speed = tokens_per_step * steps_timed / (time.time() - clock)
+            clock, steps_timed = time.time(), 0
+            say(f'{name}, step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}'
+                + (f', a {a:.3f}' if a else '') + f', {speed:,.0f} tokens/s, peak {peak_memory(here.kind):.2f} GB')
+            record(step=step, loss=loss, lr=lr, grad_norm=norm, a=a, tokens_per_s=round(speed),
+                   peak_gb=round(peak_memory(here.kind), 3))
+        if step % knobs.eval_interval == 0 or step == knobs.max_iters:
+            pause = time.time()
+            val_loss = validation_loss(student, val_data, knobs, here)
+            if not math.isfinite(val_loss):
+                fail(f'{name}, step {step}: the validation loss is {val_loss}; stopped, and no checkpoint is written')
+            say(f'{name}, step {step}: validation loss {val_loss:.4f}')
+            record(step=step, val_loss=val_loss)
+            after = val_loss if step == knobs.max_iters else None
+            save()
+            clock += time.time() - pause
+    return before, after
+
+# -----------------------------------------------------------------------------
+# teacher, students, report
+
+knobs = configure(Knobs, sys.argv[1:])
+here = start(knobs)
+for name, choices in (('init_from', ('teacher', 'resume')), ('sign', (1, -1)),
+                      ('conversion', ('midpoint_a', 'midpoint_sum', 'symplectic', 'all'))):
+    if getattr(knobs, name) not in choices:
+        fail(f'{name} = {getattr(knobs, name)!r}: choose one of {", ".join(map(str, choices))}')
+bits = knobs.bits if isinstance(knobs.bits, list) else [knobs.bits]
+if not bits or any(type(k) is not int or not 0 <= k <= 8 for k in bits):
+    fail(f'bits = {knobs.bits}: give a whole number from 0 to 8, or a list of them')
+if not 1 / 256 <= knobs.anneal_from <= 1 or not 0 <= knobs.anneal_part <= 1:
+    fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, anneal_part = {knobs.anneal_part} between 0 and 1')
+if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
+    fail(f'temperature = {knobs.temperature} must be above 0, data_weight = {knobs.data_weight} between 0 and 1')
+meta, train_data, val_data = open_data(knobs)
+
+if knobs.teacher_config and not os.path.exists(knobs.teacher):
+    say(f'there is no {knobs.teacher}: training it with {knobs.teacher_config}')
+    if main:
+        alone = {name: value for name, value in os.environ.items() if name not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'),
+                   knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}', f'--device={here.kind}']
+        if subprocess.run(command, env=alone).returncode:
+            fail(f'{knobs.teacher} could not be trained')
+    all_reduce(0)                           # the others wait here
+try:
+    teacher, teacher_meta = build(knobs.teacher, dropout=0.0)
+    if teacher.config.scheme != 'standard':
+        fail(f'{knobs.teacher} is of scheme {teacher.config.scheme}: the teacher must be a standard model')
+    same_tokens(knobs.teacher, teacher_meta, f'data/{knobs.dataset}', meta)
+except ValueError as error:
+    fail(str(error))
+if knobs.block_size > teacher.config.block_size:
+    fail(f'block_size = {knobs.block_size}: {knobs.teacher} sees {teacher.config.block_size} tokens at most')
+teacher.to(here.device).requires_grad_(False)
+if knobs.compile:
+    teacher.compile()
+catch_signals()
+
+# what is tuned, and what is only measured beside it
+students = ([(conversion, 0, 1) for conversion in ('midpoint_a', 'midpoint_sum', 'symplectic')]
+            + [('midpoint_a', 1, sign) for sign in (1, -1)] if knobs.conversion == 'all' else
+            [(knobs.conversion, k, knobs.sign) for k in (bits if knobs.conversion == 'midpoint_a' else [0])])
+others = [('midpoint_a', k, sign) for k in (1, 2, 4) for sign in (1, -1)]
+
+teacher_loss = validation_loss(teacher, val_data, knobs, here)
+say(f'{knobs.teacher}: {teacher.count_parameters():,} parameters, validation loss {teacher_loss:.4f}')
+table = [('teacher, not reversible', 'all', teacher_loss, None)]
+for conversion, k, sign in students:
+    title = {'midpoint_a': f'midpoint(a), a = {"-" * (sign < 0)}1/{2**k}' if k else
+             f'midpoint(a), a from {knobs.anneal_from:g} to 1', 'midpoint_sum': 'midpoint, f of two blocks',
+             'symplectic': 'symplectic'}[conversion]
+    for seed in knobs.seeds or [knobs.seed]:
+        name = f'{conversion}_{k}bit' + '_negative' * (sign < 0 and k > 0) + f'_{seed}' * bool(knobs.seeds)
+        losses = tune(name, conversion, k, sign, seed)
+        if losses is None:
+            sys.exit()
+        table.append((title + f', seed {seed}' * bool(knobs.seeds), k, *losses))
+for conversion, k, sign in others:
+    if (conversion, k, sign) not in students:
+        run = replace(knobs, conversion=conversion, bits=k, sign=sign)
+        student = GPT(converted(teacher.config, run, a_at(0, run))).to(here.device)
+        student.load_state_dict(teacher.state_dict())
+        table.append((f'midpoint(a), a = {"-" * (sign < 0)}1/{2**k}', k, validation_loss(student, val_data, knobs, here),
+                      None))
+
+say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
+    f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}')
+for title, k, before, after in table:
+    say(f'{title:42}{k:>6}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
+say('bits: remembered an element of the state and layer. With 0, and only then, memory does not grow with depth.')
+if world > 1:
+    dist.destroy_process_group()
