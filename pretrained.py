@@ -193,8 +193,7 @@ def load(name):
         return load_checkpoint_of_any(name)
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
-    meta = dict(encoding='gpt2', vocab_size=50257) if family == 'gpt2' else dict(encoding='tokenizer.json', model=name)
-    return config, rename(read_weights(name), family, config, name), meta
+    return config, rename(read_weights(name), family, config, name), tokens_of(name)
 
 def load_checkpoint_of_any(path):
     """As load(), of a checkpoint of train.py, of retrofit.py or of nanoGPT."""
@@ -226,6 +225,14 @@ def build(name, **overrides):
 
 # -----------------------------------------------------------------------------
 # tokens
+
+def tokens_of(name):
+    """How text becomes tokens for a pretrained model, as meta.json says it of a data set."""
+    path = need(name, 'config.json')
+    family, config = config_of(read_json(path), path)
+    if family == 'gpt2':
+        return dict(encoding='gpt2', vocab_size=50257)
+    return dict(encoding='tokenizer.json', model=name, vocab_size=config['vocab_size'])
 
 def tokenizer(meta):
     """(text -> tokens, tokens -> text), as a data set was encoded; meta is its meta.json."""

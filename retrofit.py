@@ -83,31 +83,31 @@ def a_at(step, run):
     way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made at a = 1
     return round(256 * run.anneal_from ** max(0.0, 1 - step / way)) / 256 if way else 1.0
 
-def converted(config, run, a):
+def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
     h = None if a is None else [1.0] + [1 + a] * (config.n_layer - 1)
-    return replace(config, scheme=run.conversion, a=a, h=h, stored_layers=run.stored_layers)
+    return replace(config, scheme=conversion, a=a, h=h, stored_layers=stored_layers)
 
 def remembered(model):
     """Bits an element of the state, for each layer."""
     k = [k for _, _, k, _ in model.coefficients]
     return k[0] if len(set(k)) == 1 else k
 
-def distillation(hidden, targets):
+def distillation(teacher, hidden, targets, t, data_weight):
     """
-    A criterion for GPT.loss(): the divergence KL(teacher, student), in nats a token, both at a temperature t and scaled
-    by t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. hidden (B, T, C) is what
+    A criterion for GPT.loss(): the divergence KL(teacher, student), in nats a token, both at temperature t and scaled by
+    t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. hidden (B, T, C) is what
     teacher.hidden() gave: its logits too exist one chunk at a time.
     """
-    hidden, targets, t = hidden.flatten(0, 1), targets.flatten(), knobs.temperature
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
 
     def criterion(logits, rows):                            # logits (chunk, V)
         with torch.no_grad():
             wanted = F.log_softmax(teacher.lm_head(hidden[rows]).to(logits.dtype) / t, dim=-1)
         loss = F.kl_div(F.log_softmax(logits / t, dim=-1), wanted, reduction='sum', log_target=True) * t**2
-        if knobs.data_weight:
+        if data_weight:
             own = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
-            loss = (1 - knobs.data_weight) * loss + knobs.data_weight * own
+            loss = (1 - data_weight) * loss + data_weight * own
         return loss
     return criterion
 
@@ -129,7 +129,7 @@ def tune(name, conversion, bits, sign, seed):
     if all_reduce(step)[0] != step * world:
         fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
     a = a_at(step, run)
-    student = GPT(converted(teacher.config, run, a)).to(here.device)
+    student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
     optimizer = student.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
     if checkpoint:
@@ -150,7 +150,7 @@ def tune(name, conversion, bits, sign, seed):
     def loss_of(x, y):
         with torch.no_grad():
             hidden = teacher.hidden(x)
-        return model(x, y, distillation(hidden, y))[1]
+        return model(x, y, distillation(teacher, hidden, y, knobs.temperature, knobs.data_weight))[1]
 
     def save():
         if main:
@@ -164,7 +164,7 @@ def tune(name, conversion, bits, sign, seed):
     while step < knobs.max_iters:
         if a != a_at(step, run):            # between two steps, never between forward and backward
             a = a_at(step, run)
-            student.config = converted(teacher.config, run, a)
+            student.config = converted(teacher.config, conversion, a, knobs.stored_layers)
             student.coefficients = student.config.coefficients()
         lr = cosine(knobs, step)
         made = update(model, optimizer, train_data, run, here, step, lr, loss_of)
@@ -257,7 +257,7 @@ for conversion, k, sign in students:
 for conversion, k, sign in others:
     if (conversion, k, sign) not in students:
         run = replace(knobs, conversion=conversion, bits=k, sign=sign)
-        student = GPT(converted(teacher.config, run, a_at(0, run))).to(here.device)
+        student = GPT(converted(teacher.config, conversion, a_at(0, run), knobs.stored_layers)).to(here.device)
         student.load_state_dict(teacher.state_dict())
         table.append((f'midpoint(a), a = {"-" * (sign < 0)}1/{2**k}', k, validation_loss(student, val_data, knobs, here),
                       None))

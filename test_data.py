@@ -70,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(416, {'Content-Range': f'bytes */{total}'})
         self.answer(206, {'Content-Range': f'bytes {start}-{total - 1}/{total}'}, body[start:])
 
+    def do_HEAD(self):
+        self.answer(200 if self.path in self.server.files else 404)
+
     def answer(self, status, headers={}, body=b''):
         self.send_response(status)
         for name, value in {'Content-Length': len(body), **headers}.items():

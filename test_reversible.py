@@ -24,9 +24,11 @@ B, T, V, L = 2, 16, 65, 4
 SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32)
 SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a'),
            dict(scheme='midpoint_a', a=[0.5, -0.5, 1 / 16, -1.25], h=[0.7, 1.3, 1.0, 1.1]),
-           dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0])]
+           dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0]), dict(scheme='midpoint_sum'),
+           dict(scheme='midpoint_a', a=0.5, h=[1.0, 1.5, 1.5, 1.5], norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2,
+                rope_theta=1e4, tied=False, bias=False)]                                    # a Llama, as retrofitted
 LEAPFROG = SCHEMES[1]
-every_scheme = pytest.mark.parametrize('scheme', SCHEMES, ids=lambda s: ' '.join(str(v) for v in s.values()))
+every_scheme = pytest.mark.parametrize('scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
 
 def build(module=model_py, amplify=1, **kwargs):
     """The same random weights at every call, with the blocks' matrices amplified to behave as trained ones do."""
@@ -112,6 +114,7 @@ class StraightThrough(torch.autograd.Function):
         return g, None
 
 def increments(model):
+    before = None
     for block in model.transformer.h:
         def attention(x, block=block):
             return block.attn(block.ln_1(x))
@@ -121,6 +124,13 @@ def increments(model):
 
         if model.config.scheme == 'symplectic':
             yield from (attention, mlp)
+        elif model.config.scheme == 'midpoint_sum':
+            def both(x, attention=attention, mlp=mlp, before=before):
+                fx = attention(x) + mlp(x + attention(x))
+                return fx if before is None else fx + before(x)
+
+            yield both
+            before = lambda x, attention=attention, mlp=mlp: attention(x) + mlp(x + attention(x))
         else:
             yield lambda x, attention=attention, mlp=mlp: attention(x) + mlp(x + attention(x))
 
@@ -132,7 +142,9 @@ def autograd_loss(model, scheme, exact):
 
     dtype = model.lm_head.weight.dtype
     idx, targets = batch()
-    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T))
+    x = model.transformer.wte(idx)
+    if model.config.rope_theta is None:
+        x = x + model.transformer.wpe(torch.arange(T))
     h = model.config.h if isinstance(model.config.h, list) else [model.config.h] * L
     a = model.config.a if isinstance(model.config.a, list) else [model.config.a] * L
     old = new = grid(x.double())
@@ -142,13 +154,13 @@ def autograd_loss(model, scheme, exact):
             following = old + grid(2 * h[j] * fx)
         elif scheme['scheme'] == 'leapfrog':
             following = 2 * new - old + grid(h[j]**2 * fx)
-        elif scheme['scheme'] == 'symplectic':
+        elif scheme['scheme'] in ('symplectic', 'midpoint_sum'):
             following = old + grid(fx)
         else:
             following = grid(a[j] * old + (1 - a[j]) * new, down=True) + grid(h[j] * fx)
         old, new = new, following
     x = model.transformer.ln_f(new.to(dtype))
-    return F.cross_entropy(F.linear(x, model.transformer.wte.weight).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(F.linear(x, model.lm_head.weight).flatten(0, 1), targets.flatten())
 
 def check_against_autograd(module, scheme, stored_layers=0, amplify=1):
     model = build(module, amplify, stored_layers=stored_layers, **scheme)

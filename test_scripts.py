@@ -302,14 +302,14 @@ def test_sample_complains_in_a_sentence(place, whole):
 # -----------------------------------------------------------------------------
 # configurator.py and config/
 
-def knobs_of(script):
-    """Its dataclass, without running the script."""
+def knobs_of(script, whole=False):
+    """Its dataclass, or all it defines, without running the script."""
     spec = importlib.util.spec_from_file_location('knobs', os.path.join(ROOT, script))
     module = sys.modules['knobs'] = importlib.util.module_from_spec(spec)
     with open(os.path.join(ROOT, script)) as file:
         source = file.read()
     exec(compile(source[:source.index('knobs = configure')], script, 'exec'), module.__dict__)
-    return module.Knobs
+    return module if whole else module.Knobs
 
 def test_command_line(tmp_path, capsys):
     Knobs = knobs_of('train.py')

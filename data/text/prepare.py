@@ -1,0 +1,48 @@
+"""
+Text of your own, in the tokens of the model that is to read it.
+
+    python data/text/prepare.py my.txt books/                                           # GPT-2's tokens
+    python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M           # or those of any model that
+    python data/text/prepare.py my.txt --tokenizer=some/folder                          # GPT.from_pretrained takes
+
+A folder stands for all its .txt files. It writes train.bin, val.bin (the last tenth of the characters, in the order
+given) and meta.json beside itself. A Llama's tokenizer needs one more package: pip install tokenizers.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
+from data.download import publish_dataset
+from pretrained import tokenizer, tokens_of
+
+HERE = Path(__file__).resolve().parent
+PIECE = 1 << 20 # characters encoded at a time
+
+def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
+    paths = [path for name in inputs for path in (sorted(Path(name).rglob('*.txt')) if Path(name).is_dir() else [Path(name)])]
+    if not paths:
+        sys.exit(f"{' '.join(inputs)}: there is no .txt file")
+    try:
+        text = '\n\n'.join(path.read_text(encoding='utf-8') for path in paths)
+        meta = tokens_of(tokenizer_name)
+        encode, _ = tokenizer(meta)
+    except (OSError, ValueError) as error:
+        sys.exit(f'{error}')
+    dtype = 'uint16' if meta['vocab_size'] <= 2**16 else 'uint32'
+    n = len(text) * 9 // 10
+    for split, part in (('train', text[:n]), ('val', text[n:])):
+        with open(folder / f'{split}.bin.part', 'wb') as file:
+            for i in tqdm(range(0, len(part), PIECE), desc=f'encode {split}'):
+                np.array(encode(part[i:i + PIECE]), dtype=dtype).tofile(file)
+    publish_dataset(folder, **meta, dtype=dtype)
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description='text of your own, in the tokens of a pretrained model')
+    parser.add_argument('inputs', nargs='+', help='text files, or folders of .txt files')
+    parser.add_argument('--tokenizer', default='gpt2', help='a model or a folder, as GPT.from_pretrained takes it')
+    args = parser.parse_args()
+    prepare(args.inputs, args.tokenizer)
