@@ -120,7 +120,10 @@ def tune(name, conversion, bits, sign, seed):
     folder = os.path.join(knobs.out_dir, name)
     last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
     if knobs.init_from == 'resume' and os.path.exists(last):
-        checkpoint = load_checkpoint(last)
+        try:
+            checkpoint = load_checkpoint(last)
+        except ValueError as error:
+            fail(str(error))
         for knob, value in checkpoint['retrofit'].items():
             if getattr(run, knob) != value:
                 fail(f'{knob} = {getattr(run, knob)}, but {last} was made with {knob} = {value}: resume with the '
@@ -199,6 +202,8 @@ def tune(name, conversion, bits, sign, seed):
 
 knobs = configure(Knobs, sys.argv[1:])
 here = start(knobs)
+if any(type(seed) is not int or not 0 <= seed < 2**63 for seed in knobs.seeds or []):
+    fail(f'seeds = {knobs.seeds}: give a list of whole numbers')
 for name, choices in (('init_from', ('teacher', 'resume')), ('sign', (1, -1)),
                       ('conversion', ('midpoint_a', 'midpoint_sum', 'symplectic', 'all'))):
     if getattr(knobs, name) not in choices:
@@ -213,14 +218,13 @@ if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
 meta, train_data, val_data = open_data(knobs)
 
 if knobs.teacher_config and not os.path.exists(knobs.teacher):
+    if world > 1:
+        fail(f'there is no {knobs.teacher}: train it first, with torchrun train.py {knobs.teacher_config}')
     say(f'there is no {knobs.teacher}: training it with {knobs.teacher_config}')
-    if main:
-        alone = {name: value for name, value in os.environ.items() if name not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'),
-                   knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}', f'--device={here.kind}']
-        if subprocess.run(command, env=alone).returncode:
-            fail(f'{knobs.teacher} could not be trained')
-    all_reduce(0)                           # the others wait here
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
+    if subprocess.run([sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
+                       f'--device={here.kind}']).returncode:
+        fail(f'{knobs.teacher} could not be trained')
 try:
     teacher, teacher_meta = build(knobs.teacher, dropout=0.0)
     if teacher.config.scheme != 'standard':
@@ -239,13 +243,14 @@ catch_signals()
 students = ([(conversion, 0, 1) for conversion in ('midpoint_a', 'midpoint_sum', 'symplectic')]
             + [('midpoint_a', 1, sign) for sign in (1, -1)] if knobs.conversion == 'all' else
             [(knobs.conversion, k, knobs.sign) for k in (bits if knobs.conversion == 'midpoint_a' else [0])])
-others = [('midpoint_a', k, sign) for k in (1, 2, 4) for sign in (1, -1)]
+others = [(k, sign) for k, sign in ((0, 1), (1, 1), (1, -1), (2, 1), (2, -1), (4, 1), (4, -1))
+          if k == 0 or ('midpoint_a', k, sign) not in students]
 
 teacher_loss = validation_loss(teacher, val_data, knobs, here)
 say(f'{knobs.teacher}: {teacher.count_parameters():,} parameters, validation loss {teacher_loss:.4f}')
 table = [('teacher, not reversible', 'all', teacher_loss, None)]
 for conversion, k, sign in students:
-    title = {'midpoint_a': f'midpoint(a), a = {"-" * (sign < 0)}1/{2**k}' if k else
+    title = {'midpoint_a': f'midpoint(a), a = {sign / 2**k:g}' if k else
              f'midpoint(a), a from {knobs.anneal_from:g} to 1', 'midpoint_sum': 'midpoint, f of two blocks',
              'symplectic': 'symplectic'}[conversion]
     for seed in knobs.seeds or [knobs.seed]:
@@ -254,13 +259,11 @@ for conversion, k, sign in students:
         if losses is None:
             sys.exit()
         table.append((title + f', seed {seed}' * bool(knobs.seeds), k, *losses))
-for conversion, k, sign in others:
-    if (conversion, k, sign) not in students:
-        run = replace(knobs, conversion=conversion, bits=k, sign=sign)
-        student = GPT(converted(teacher.config, conversion, a_at(0, run), knobs.stored_layers)).to(here.device)
-        student.load_state_dict(teacher.state_dict())
-        table.append((f'midpoint(a), a = {"-" * (sign < 0)}1/{2**k}', k, validation_loss(student, val_data, knobs, here),
-                      None))
+for k, sign in others:
+    a = sign / 2**k                         # where k is 0: a = 1 at once
+    student = GPT(converted(teacher.config, 'midpoint_a', a, knobs.stored_layers)).to(here.device)
+    student.load_state_dict(teacher.state_dict())
+    table.append((f'midpoint(a), a = {a:g}', k, validation_loss(student, val_data, knobs, here), None))
 
 say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
     f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}')

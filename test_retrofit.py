@@ -270,7 +270,7 @@ def workshop(place):                                                    # noqa: 
                  bits='[0,1]', **SMALL)
     assert 'there is no taught/best.pt: training it' in output
     lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), a'))]
-    assert [line[-2] for line in lines[1:3]] != lines[0][-1] and len(lines) == 8
+    assert [line[-2] for line in lines[1:3]] != lines[0][-1] and len(lines) == 9
     return place
 
 def final(place, path):                                                 # noqa: F811
