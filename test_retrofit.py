@@ -5,10 +5,8 @@ Small random models, written here as the public ones are written. Those that com
 are skipped where these packages are not installed. The conversions' gradients are in test_reversible.py.
 """
 import json
-import os
 import signal
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from data.text.prepare import prepare as prepare_text
+import model as model_py
 from model import GPT, GPTConfig, load_checkpoint
-from pretrained import build, read_safetensors, same_tokens, tokenizer
+from pretrained import build, same_tokens, tokenizer
 from test_data import site                                              # noqa: F401, a fixture
-from test_scripts import ROOT, command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
+from test_reversible import L, check_exact
+from test_scripts import command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
 
 LLAMA = dict(model_type='llama', vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-4,
@@ -256,6 +256,18 @@ def test_the_way_to_a():
         student.load_state_dict(teacher.state_dict())
         difference = (student.hidden(idx) - teacher.hidden(idx)).abs().max()
         assert 0 < difference < close
+
+GPT2_SHAPE, LLAMA_SHAPE = {}, dict(norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2, rope_theta=1e4, tied=False, bias=False)
+
+@pytest.mark.parametrize('shape', [GPT2_SHAPE, LLAMA_SHAPE], ids=['gpt2', 'llama'])
+@pytest.mark.parametrize('conversion, a', [('midpoint_a', 1.0), ('midpoint_a', 0.5), ('midpoint_a', -1 / 16), ('midpoint_a', 77 / 256),
+                                           ('midpoint_sum', None), ('symplectic', None), ('leapfrog', None)], ids=str)
+def test_students_are_exact(shape, conversion, a):
+    """At 0, 1, 4 and, on the way, 8 bits: stored against rebuilt, bit for bit, weights amplified."""
+    config = retrofit.converted(GPTConfig(block_size=16, vocab_size=65, n_layer=L, n_head=4, n_embd=32, scheme='standard', **shape),
+                                conversion, a, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_exact(model_py, dict(shape, scheme=conversion, a=config.a, h=config.h), dtype, dropout=0.1, amplify=8)
 
 SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, max_iters=6, warmup_iters=1,
              eval_interval=3, eval_windows=9, log_interval=1, device='cpu', learning_rate=1e-3)
