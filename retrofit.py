@@ -48,7 +48,7 @@ class Knobs:
     bits: int | list = 0                    # midpoint_a: |a| = 2^-bits, 0 for a = 1; a list makes one after the other
     sign: int = 1                           # of a, where bits are remembered
     anneal_from: float = 0.25               # a = 1 is reached geometrically from here,
-    anneal_part: float = 0.6                # in this part of the steps
+    anneal_part: float = 0.35               # in this part of the steps
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
     batch_size: int = 8                     # sequences in a micro-batch
