@@ -6,15 +6,16 @@ Turns a trained standard model into a reversible one, and tunes it until its out
     python retrofit.py config/retrofit_gpt2.py --bits=1                 # one bit an element and layer, much closer
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
     python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
-    python train.py --init_from=out_retrofit/midpoint_a_0/last.pt ...   # more training on text of your own
+    python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own
 
 A trained net is p_next = p + f(p), which is midpoint(a) at a = 0. Consistency with p' = f asks for h = 1 + a:
 
     p_next = a * p_prev + (1 - a) * p + (1 + a) * f(p)          (paper eq. 3.6; the first layer is p + f(p))
 
 With |a| = 2^-k it remembers k bits an element and layer. At a = 1 it remembers nothing, and only then does memory not
-grow with depth: a goes there while the student is tuned to the teacher's distribution. Towards -1, h and the net would
-vanish. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
+grow with depth: a goes there while the student is tuned to the teacher's distribution, and up to 8 bits are remembered
+on the way. Towards -1, h and the net would vanish. The report has the validation loss, in nats per token, of the teacher
+and of each student before and after.
 """
 import math
 import os
@@ -43,8 +44,8 @@ class Knobs:
     seed: int = 1337
     seeds: list | None = None               # each student once for each of these; None: for seed alone
     # conversion
-    conversion: str = 'midpoint_a'          # or 'midpoint_sum', the paper's estimate of p_prev: twice the work;
-                                            # 'symplectic'; 'all': the full table
+    conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's estimate of p_prev, twice
+                                            # the work; 'all': the full table
     bits: int | list = 0                    # midpoint_a: |a| = 2^-bits, 0 for a = 1; a list makes one after the other
     sign: int = 1                           # of a, where bits are remembered
     anneal_from: float = 0.25               # a = 1 is reached geometrically from here,

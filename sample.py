@@ -1,8 +1,8 @@
 """
-Writes text with a model that train.py has trained.
+Writes text with a model of train.py or retrofit.py, or with a pretrained one.
 
     python sample.py --init_from=out_python/best.pt --prompt="def main(" --max_new_tokens=300
-    python sample.py --temperature=0            # always the likeliest token
+    python sample.py --init_from=gpt2 --prompt="Once upon a time" --temperature=0       # always the likeliest token
 """
 import sys
 from dataclasses import dataclass

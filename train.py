@@ -6,6 +6,7 @@ Trains a GPT, standard or reversible, on one process or many.
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/gpt2_rev.py
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
+    python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
 It writes log.csv, last.pt (at every evaluation, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
 What it trains on is a function of seed and step alone: neither the number of processes, nor how a step is cut into
