@@ -256,23 +256,31 @@ class ReversibleStep(torch.autograd.Function):
 
 LOSS_CHUNK = 1024   # tokens whose logits exist at one time
 
+def head(weight):
+    """
+    The weight (V, C) of a softmax's logits as a constant, in autocast's dtype. There it goes without the mean of its rows:
+    that moves all logits of a token alike, which softmax does not see, and bfloat16 keeps more digits of the rest.
+    """
+    kind, weight = weight.device.type, weight.detach()
+    if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # which autocast leaves alone
+        return weight
+    return (weight - weight.mean(0)).to(torch.get_autocast_dtype(kind))
+
 class ChunkedLoss(torch.autograd.Function):
     """
     The sum over chunks of criterion(logits of the chunk, its rows), divided by count, where the logits are
-    x @ weight.T, x (N, C), weight (V, C), and rows is a slice of N. The gradients of a chunk are computed while its
+    x @ weight.T, x (N, C), weight (V, C), up to a constant, and rows is a slice of N. The gradients of a chunk are computed while its
     logits are there, so no logits outlive their chunk and none are computed twice. Sums are in float32 (or wider), and
     divided at the very end.
     """
 
     @staticmethod
     def forward(ctx, x, weight, criterion, count, chunk, with_grad):
-        kind, wide = x.device.type, torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.zeros_like(x, dtype=wide) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad and weight.requires_grad else None
-        narrow = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64     # autocast leaves float64 alone
-        w = weight.detach().to(torch.get_autocast_dtype(kind) if narrow else weight.dtype)
-        w.requires_grad_(grad_weight is not None)
+        w = head(weight).requires_grad_(grad_weight is not None)
         for i in range(0, len(x), chunk):
             rows = slice(i, i + chunk)
             with torch.set_grad_enabled(with_grad):

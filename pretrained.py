@@ -23,19 +23,28 @@ from model import GPT, GPTConfig, load_checkpoint
 # -----------------------------------------------------------------------------
 # from a name to its files
 
-def find(name, file):
-    """The path of a model's file, in its folder or downloaded into weights/; None if the model has no such file."""
+def local(name, file):
+    """Where a file of a model is, or will be when it has been downloaded."""
     if os.path.isdir(name):
-        path = os.path.join(name, file)
-        return path if os.path.exists(path) else None
+        return os.path.join(name, file)
+    return os.path.join('weights', *hub_name(name).split('/'), file)
+
+def hub_name(name):
     if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
         name = f'openai-community/{name}'
-    if not name.startswith(('openai-community/gpt2', 'TinyLlama/TinyLlama-1.1B', 'HuggingFaceTB/SmolLM2-')):
+    if not name.startswith(('openai-community/gpt2', 'TinyLlama/TinyLlama', 'HuggingFaceTB/SmolLM2-')):
         raise ValueError(f"'{name}' is neither a folder nor a model known here: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                          'TinyLlama/TinyLlama-1.1B..., HuggingFaceTB/SmolLM2-135M, -360M or -1.7B')
-    path = os.path.join('weights', *name.split('/'), file)
+    return name
+
+def find(name, file):
+    """The path of a model's file, in its folder or downloaded into weights/; None if the model has no such file."""
+    path = local(name, file)
     if not os.path.exists(path):
-        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{name}/resolve/main/{file}"
+        if os.path.isdir(name):
+            return None
+        host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+        url = f'{host}/{hub_name(name)}/resolve/main/{file}'
         try:
             if requests.head(url, allow_redirects=True, timeout=30).status_code == 404:
                 return None
@@ -53,8 +62,8 @@ def need(name, file):
 def read_json(path):
     with open(path, encoding='utf-8') as file:
         try:
-            return json.load(file)
-        except ValueError:
+            return dict(json.load(file))
+        except (ValueError, TypeError):
             raise ValueError(f'{path} is damaged: delete it and fetch it again') from None
 
 # -----------------------------------------------------------------------------
@@ -65,31 +74,28 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 
 def read_safetensors(path):
     """Name -> tensor. The format: 8 bytes with the length of a JSON header, the header, and the tensors' raw bytes."""
-    size = os.path.getsize(path)
+    size, tensors = os.path.getsize(path), {}
     with open(path, 'rb') as file:
         length = int.from_bytes(file.read(8), 'little')
         try:
             header = json.loads(file.read(length)) if 8 + length <= size else None
             header.pop('__metadata__', None)
-            whole = size == 8 + length + max(entry['data_offsets'][1] for entry in header.values())
-        except (ValueError, AttributeError, TypeError, KeyError):
-            raise ValueError(f'{path} is no safetensors file, or cut off: download it again') from None
-        if not whole:
-            raise ValueError(f'{path} has {size} bytes, which is not what its header says: download it again')
-        tensors = {}
-        for name, entry in header.items():
-            if entry['dtype'] not in DTYPES:
-                raise ValueError(f"{path}: {name} is of the unknown type {entry['dtype']}")
-            start, end = entry['data_offsets']
-            file.seek(8 + length + start)
-            raw = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry['dtype']])
-            tensors[name] = raw.view(entry['shape'])
+            if size != 8 + length + max(entry['data_offsets'][1] for entry in header.values()):
+                raise ValueError
+            for name, entry in header.items():
+                start, end = entry['data_offsets']
+                file.seek(8 + length + start)
+                raw = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry['dtype']])
+                tensors[name] = raw.view(entry['shape'])
+        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
+            raise ValueError(f'{path} is cut off, or no safetensors file: delete it and fetch it again') from None
     return tensors
 
 def read_weights(name):
     """All tensors of a model, from one file or from the shards of an index."""
-    index = find(name, 'model.safetensors.index.json')
-    files = sorted(set(read_json(index)['weight_map'].values())) if index else ['model.safetensors']
+    files = ['model.safetensors']
+    if not os.path.exists(local(name, files[0])) and (index := find(name, 'model.safetensors.index.json')):
+        files = sorted(set(read_json(index).get('weight_map', {}).values()))
     tensors = {}
     for file in files:
         tensors.update(read_safetensors(need(name, file)))
@@ -115,10 +121,14 @@ def shapes(config):
         return {name: weight.shape for name, weight in GPT(GPTConfig(**config)).state_dict().items()}
 
 def rename(theirs, family, config, where):
-    """Our state dict, from the tensors of a family. Every one of ours is found in the right shape, none is left over."""
+    """Our state dict, from the tensors of a family: every one of ours is there in its shape, and none is left over."""
     table, layers = FAMILIES[family]
     theirs = {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in theirs.items()
               if not name.endswith(BUFFERS)}
+    hs = config['n_embd'] // config['n_head']
+    rows = {'self_attn.q_proj': config['n_embd'], 'self_attn.k_proj': (config.get('n_kv_head') or config['n_head']) * hs,
+            'mlp.gate_proj': config['n_inner'], 'mlp.up_proj': config['n_inner']}       # of the parts of a fused matrix
+    rows['self_attn.v_proj'] = rows['self_attn.k_proj']
     ours, used = {}, set()
     for name, shape in shapes(config).items():
         part, kind = name.rsplit('.', 1)
@@ -126,24 +136,30 @@ def rename(theirs, family, config, where):
         if part.startswith('transformer.h.'):
             _, _, layer, part = part.split('.', 3)
             prefix = f'{layers}.{layer}.'
-        sources = [f'{prefix}{source}.{kind}' for source in table[part]]
+        sources = table[part]
         if name == 'lm_head.weight' and config['tied']:
-            used.update(sources)                    # there or not: it is the embedding
-            sources = [f"{table['transformer.wte'][0]}.weight"]
+            used.add('lm_head.weight')              # there or not: it is the embedding
+            sources = table['transformer.wte']
+        # OpenAI's Conv1D keeps its matrices as (in, out)
+        transposed = family == 'gpt2' and prefix and len(shape) == 2
+        parts = []
         for source in sources:
-            if source not in theirs:
-                raise ValueError(f'{where} has no tensor {source}')
-        used.update(sources)
-        tensor = torch.cat([theirs[source].float() for source in sources])
-        if family == 'gpt2' and '.h.' in name and tensor.dim() == 2:
-            tensor = tensor.t()                     # OpenAI's Conv1D keeps its matrices as (in, out)
-        if tensor.shape != shape:
-            raise ValueError(f'{where}: {sources[0]} has shape {tuple(tensor.shape)}, and config.json says {tuple(shape)}')
-        ours[name] = tensor
-    for name in theirs:
-        if name not in used:
-            raise ValueError(f'{where} has a tensor {name} which this architecture does not use')
+            tensor = theirs.get(f'{prefix}{source}.{kind}')
+            wanted = torch.Size((rows[source], *shape[1:])) if source in rows else shape[::-1] if transposed else shape
+            if tensor is None:
+                raise ValueError(f'{where} has no tensor {prefix}{source}.{kind}')
+            if tensor.shape != wanted:
+                raise ValueError(f'{where}: {prefix}{source}.{kind} has shape {tuple(tensor.shape)}, and config.json says '
+                                 f'{tuple(wanted)}')
+            used.add(f'{prefix}{source}.{kind}')
+            parts.append(tensor.float().t() if transposed else tensor.float())
+        ours[name] = torch.cat(parts)
+    nothing_left(theirs.keys() - used, where)
     return ours
+
+def nothing_left(names, where):
+    if names:
+        raise ValueError(f'{where} has a tensor {min(names)} which this architecture does not use')
 
 # -----------------------------------------------------------------------------
 # from their config to ours
@@ -174,8 +190,9 @@ def config_of(theirs, where):
             must('mlp_bias', False)
             must('rope_scaling', None)
             must('head_dim', theirs['hidden_size'] // theirs['num_attention_heads'], None)
-            if rope.get('rope_type', 'default') != 'default':
-                raise ValueError(f"{where}: rope scaling of type {rope['rope_type']!r} is not supported")
+            kind = rope.get('rope_type', rope.get('type', 'default'))
+            if kind != 'default' or 'factor' in rope:
+                raise ValueError(f'{where}: rope scaling of type {kind!r} is not supported')
             return family, dict(
                 block_size=theirs['max_position_embeddings'], vocab_size=theirs['vocab_size'],
                 n_layer=theirs['num_hidden_layers'], n_head=theirs['num_attention_heads'], n_embd=theirs['hidden_size'],
@@ -185,6 +202,8 @@ def config_of(theirs, where):
                 norm='rmsnorm', mlp='swiglu', bias=False, scheme='standard')
     except KeyError as error:
         raise ValueError(f'{where} lacks {error}') from None
+    except (TypeError, ZeroDivisionError):
+        raise ValueError(f'{where}: a size is no number, or 0') from None
     raise ValueError(f'{where}: the architecture {family!r} is not supported, only gpt2 and llama')
 
 def load(name):
@@ -193,6 +212,7 @@ def load(name):
         return load_checkpoint_of_any(name)
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
+    GPTConfig(**config)                         # complains about sizes that do not go together
     return config, rename(read_weights(name), family, config, name), tokens_of(name)
 
 def load_checkpoint_of_any(path):
@@ -206,13 +226,19 @@ def load_checkpoint_of_any(path):
         checkpoint = load_checkpoint(path)
         return checkpoint['config'], checkpoint['model'], checkpoint['meta']
     config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
-    weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()}     # of a compiled model
+    weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
+               if not name.endswith(BUFFERS)}
+    if unknown := config.keys() - GPTConfig.__dataclass_fields__.keys():
+        raise ValueError(f'{path} has a field {min(unknown)} of the config which is not known here')
     for name, shape in shapes(config).items():
         if name not in weights:
             raise ValueError(f'{path} has no tensor {name}')
         if weights[name].shape != shape:
             raise ValueError(f'{path}: {name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}')
-    return config, weights, dict(encoding='gpt2', vocab_size=50257)     # as of all its data sets but the characters
+    nothing_left(weights.keys() - shapes(config).keys(), path)
+    # nanoGPT keeps how text became tokens beside its data, and GPT-2's way is all it has of others
+    meta = dict(encoding='gpt2', vocab_size=50257) if config['vocab_size'] >= 50257 else dict(encoding='unknown')
+    return config, weights, meta
 
 def build(name, **overrides):
     """(model, how its text became tokens) of a name, a folder or a checkpoint, with fields of GPTConfig to change."""
@@ -220,6 +246,9 @@ def build(name, **overrides):
     model = GPT(GPTConfig(**{**config, **overrides}))
     if 'transformer.wpe.weight' in weights:     # learned positions may be cut to a shorter context
         weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:model.config.block_size]
+    found, wanted = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, model.state_dict()))
+    if found != wanted or GPTConfig(**config).tied != model.config.tied:
+        raise ValueError(f'the weights of {name} do not fit a model with {overrides}')
     model.load_state_dict(weights)
     return model, meta
 
@@ -227,7 +256,9 @@ def build(name, **overrides):
 # tokens
 
 def tokens_of(name):
-    """How text becomes tokens for a pretrained model, as meta.json says it of a data set."""
+    """How text becomes tokens for a model, as meta.json says it of a data set."""
+    if name.endswith('.pt'):
+        return load_checkpoint_of_any(name)[2]
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
     if family == 'gpt2':
@@ -246,14 +277,22 @@ def tokenizer(meta):
             import tokenizers
         except ImportError:
             sys.exit(f"the tokenizer of {meta['model']} needs one more package: pip install tokenizers")
-        own = tokenizers.Tokenizer.from_file(need(meta['model'], 'tokenizer.json'))
+        path = need(meta['model'], 'tokenizer.json')
+        try:
+            own = tokenizers.Tokenizer.from_file(path)
+        except Exception:                       # of the package's own, without a class
+            raise ValueError(f'{path} is damaged: delete it and fetch it again') from None
+        own.no_truncation()                     # which fine-tuning scripts leave behind
+        own.no_padding()
         return lambda text: own.encode(text).ids, own.decode
+    if meta['encoding'] == 'unknown':
+        raise ValueError('the checkpoint does not say how its text became tokens')
     gpt2 = gpt2_encoding()
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
 
 def same_tokens(name, one, other_name, other):
     """ValueError unless both metas say that text became tokens in the same way."""
-    for key in ('encoding', 'chars', 'model'):
+    for key in ('encoding', 'chars', 'model') if one['encoding'] != 'unknown' else ():
         if one.get(key) != other.get(key):
             raise ValueError(f"{name} reads tokens of {key} {one.get(key)!r}, and {other_name} has {other.get(key)!r}: "
                              'encode the data with the tokenizer of the model')

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from model import GPT, load_checkpoint, save_checkpoint
+from model import GPT, head, load_checkpoint, save_checkpoint
 from pretrained import build, same_tokens
 from runtime import (all_reduce, catch_signals, cosine, fail, local_rank, main, open_data, open_log, peak_memory, say,
                      start, update, validation_loss, world)
@@ -87,7 +87,7 @@ def a_at(step, run):
 def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
     h = None if a is None else [1.0] + [1 + a] * (config.n_layer - 1)
-    return replace(config, scheme=conversion, a=a, h=h, stored_layers=stored_layers)
+    return replace(config, scheme=conversion, a=a, h=h, stored_layers=stored_layers, exact=True)
 
 def remembered(model):
     """Bits an element of the state, for each layer."""
@@ -100,11 +100,11 @@ def distillation(teacher, hidden, targets, t, data_weight):
     t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. hidden (B, T, C) is what
     teacher.hidden() gave: its logits too exist one chunk at a time.
     """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    hidden, targets, teacher_head = hidden.flatten(0, 1), targets.flatten(), head(teacher.lm_head.weight)
 
     def criterion(logits, rows):                            # logits (chunk, V)
         with torch.no_grad():
-            wanted = F.log_softmax(teacher.lm_head(hidden[rows]).to(logits.dtype) / t, dim=-1)
+            wanted = F.log_softmax(F.linear(hidden[rows], teacher_head).to(logits.dtype) / t, dim=-1)
         loss = F.kl_div(F.log_softmax(logits / t, dim=-1), wanted, reduction='sum', log_target=True) * t**2
         if data_weight:
             own = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
@@ -125,6 +125,8 @@ def tune(name, conversion, bits, sign, seed):
             checkpoint = load_checkpoint(last)
         except ValueError as error:
             fail(str(error))
+        if 'retrofit' not in checkpoint:
+            fail(f'{last} was not written by retrofit.py: choose another --out_dir')
         for knob, value in checkpoint['retrofit'].items():
             if getattr(run, knob) != value:
                 fail(f'{knob} = {getattr(run, knob)}, but {last} was made with {knob} = {value}: resume with the '
@@ -163,6 +165,8 @@ def tune(name, conversion, bits, sign, seed):
                 config=asdict(student.config), meta=meta, before=before, after=after,
                 retrofit={knob: value for knob, value in asdict(run).items() if knob not in MAY_CHANGE}))
 
+    if here.kind == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
     tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
     clock, steps_timed = time.time(), 0
     while step < knobs.max_iters:
@@ -213,19 +217,31 @@ bits = knobs.bits if isinstance(knobs.bits, list) else [knobs.bits]
 if not bits or any(type(k) is not int or not 0 <= k <= 8 for k in bits):
     fail(f'bits = {knobs.bits}: give a whole number from 0 to 8, or a list of them')
 if not 1 / 256 <= knobs.anneal_from <= 1 or not 0 <= knobs.anneal_part <= 1:
-    fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, anneal_part = {knobs.anneal_part} between 0 and 1')
+    fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, and anneal_part = {knobs.anneal_part} '
+         'between 0 and 1')
 if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
     fail(f'temperature = {knobs.temperature} must be above 0, data_weight = {knobs.data_weight} between 0 and 1')
 meta, train_data, val_data = open_data(knobs)
 
-if knobs.teacher_config and not os.path.exists(knobs.teacher):
-    if world > 1:
-        fail(f'there is no {knobs.teacher}: train it first, with torchrun train.py {knobs.teacher_config}')
-    say(f'there is no {knobs.teacher}: training it with {knobs.teacher_config}')
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
-    if subprocess.run([sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
-                       f'--device={here.kind}']).returncode:
-        fail(f'{knobs.teacher} could not be trained')
+def steps_lacking():
+    """How many steps the teacher's training lacks; None if it has not begun."""
+    path = os.path.join(os.path.dirname(knobs.teacher), 'last.pt')
+    if os.path.exists(path):
+        checkpoint = load_checkpoint(path)
+        return checkpoint['knobs']['max_iters'] - checkpoint['step']
+
+try:
+    if knobs.teacher_config and steps_lacking() != 0:
+        if world > 1:
+            fail(f'{knobs.teacher} is not there, or not done: train it first, with torchrun train.py {knobs.teacher_config}')
+        say(f'training {knobs.teacher} with {knobs.teacher_config}')
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
+        subprocess.run([sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
+                        f'--device={here.kind}', f'--init_from={"scratch" if steps_lacking() is None else "resume"}'])
+        if steps_lacking() != 0:
+            fail(f'{knobs.teacher} is not done: run the command again')
+except (ValueError, KeyboardInterrupt) as error:
+    fail(str(error) or 'stopped')
 try:
     teacher, teacher_meta = build(knobs.teacher, dropout=0.0)
     if teacher.config.scheme != 'standard':
@@ -270,6 +286,7 @@ say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
     f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}')
 for title, k, before, after in table:
     say(f'{title:42}{k:>6}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
-say('bits: remembered an element of the state and layer. With 0, and only then, memory does not grow with depth.')
+say('bits: remembered an element of the state and layer. With 0, and only then, and where no layer is stored, memory does '
+    'not grow with depth.')
 if world > 1:
     dist.destroy_process_group()

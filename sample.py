@@ -30,6 +30,7 @@ if __name__ == '__main__':
     print(reasons)
     try:
         model, meta = build(knobs.init_from)
+        encode, decode = tokenizer(meta)
     except ValueError as error:
         sys.exit(f'{error}; name another with --init_from=...')
     if not knobs.prompt:
@@ -47,7 +48,6 @@ if __name__ == '__main__':
     model.to(kind).eval()
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
     torch.manual_seed(knobs.seed)
-    encode, decode = tokenizer(meta)
     idx = torch.tensor([encode(knobs.prompt)] * knobs.num_samples, device=kind)         # (num_samples, T)
     with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
         idx = model.generate(idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, meta.get('vocab_size'))

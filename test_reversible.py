@@ -28,7 +28,8 @@ SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symple
            dict(scheme='midpoint_a', a=0.5, h=[1.0, 1.5, 1.5, 1.5], norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2,
                 rope_theta=1e4, tied=False, bias=False)]                                    # a Llama, as retrofitted
 LEAPFROG = SCHEMES[1]
-every_scheme = pytest.mark.parametrize('scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
+every_scheme = pytest.mark.parametrize(
+    'scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
 
 def build(module=model_py, amplify=1, **kwargs):
     """The same random weights at every call, with the blocks' matrices amplified to behave as trained ones do."""

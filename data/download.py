@@ -20,6 +20,11 @@ import requests
 import tiktoken
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None # on Windows, where torchrun must find the files already there
+
 PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
 CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
 
@@ -34,7 +39,17 @@ def download(url, path, size=None, sha256=None):
             sys.exit(f'{path} is not the file published at {url}: delete it and run the command again')
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX) # one process at a time: the others then find the file
+        if not path.exists():
+            download_locked(url, path, part, size, sha256)
+    finally:
+        if fcntl:
+            os.close(folder)
 
+def download_locked(url, path, part, size, sha256):
     for pause in (*PAUSES, None):
         try:
             published = fetch(url, part, size)

@@ -2,8 +2,9 @@
 Text of your own, in the tokens of the model that is to read it.
 
     python data/text/prepare.py my.txt books/                                           # GPT-2's tokens
-    python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M           # or those of any model that
-    python data/text/prepare.py my.txt --tokenizer=some/folder                          # GPT.from_pretrained takes
+    python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M           # those of a hub's model,
+    python data/text/prepare.py my.txt --tokenizer=some/folder                          # of one in a folder,
+    python data/text/prepare.py my.txt --tokenizer=out_python/best.pt                   # of a checkpoint
 
 A folder stands for all its .txt files. It writes train.bin, val.bin (the last tenth of the characters, in the order
 given) and meta.json beside itself. A Llama's tokenizer needs one more package: pip install tokenizers.
@@ -23,7 +24,9 @@ HERE = Path(__file__).resolve().parent
 PIECE = 1 << 20 # characters encoded at a time
 
 def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
-    paths = [path for name in inputs for path in (sorted(Path(name).rglob('*.txt')) if Path(name).is_dir() else [Path(name)])]
+    paths = []
+    for path in map(Path, inputs):
+        paths += sorted(path.rglob('*.txt')) if path.is_dir() else [path]
     if not paths:
         sys.exit(f"{' '.join(inputs)}: there is no .txt file")
     try:
@@ -32,13 +35,13 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
         encode, _ = tokenizer(meta)
     except (OSError, ValueError) as error:
         sys.exit(f'{error}')
-    dtype = 'uint16' if meta['vocab_size'] <= 2**16 else 'uint32'
+    dtype = 'uint8' if meta['vocab_size'] <= 2**8 else 'uint16' if meta['vocab_size'] <= 2**16 else 'uint32'
     n = len(text) * 9 // 10
     for split, part in (('train', text[:n]), ('val', text[n:])):
         with open(folder / f'{split}.bin.part', 'wb') as file:
             for i in tqdm(range(0, len(part), PIECE), desc=f'encode {split}'):
                 np.array(encode(part[i:i + PIECE]), dtype=dtype).tofile(file)
-    publish_dataset(folder, **meta, dtype=dtype)
+    publish_dataset(folder, **{**meta, 'dtype': dtype})
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='text of your own, in the tokens of a pretrained model')
