@@ -268,10 +268,10 @@ def head(weight):
 
 class ChunkedLoss(torch.autograd.Function):
     """
-    The sum over chunks of criterion(logits of the chunk, its rows), divided by count, where the logits are
-    x @ weight.T, x (N, C), weight (V, C), up to a constant, and rows is a slice of N. The gradients of a chunk are computed while its
-    logits are there, so no logits outlive their chunk and none are computed twice. Sums are in float32 (or wider), and
-    divided at the very end.
+    The sum over chunks of criterion(logits of the chunk, its rows), divided by count. The logits are x @ weight.T, x (N, C),
+    weight (V, C), up to a number for each row that softmax does not see; rows is a slice of N. The gradients of a chunk
+    are computed while its logits are there, so no logits outlive their chunk and none are computed twice. Sums are in
+    float32 (or wider), and divided at the very end.
     """
 
     @staticmethod
