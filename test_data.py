@@ -99,6 +99,16 @@ def gpt2(monkeypatch):
 # -----------------------------------------------------------------------------
 # download
 
+@pytest.mark.skipif(data.download.fcntl is None, reason='Windows has no flock')
+def test_downloads_of_one_file_take_turns(site, tmp_path):
+    threads = [threading.Thread(target=download, args=(site.url + '/file', tmp_path / 'file')) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / 'file').read_bytes() == BODY and site.ranges == [None] # one has fetched it, the others found it
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
 @pytest.mark.parametrize('path', ['/file', '/redirect/file'])
 def test_download_whole(site, tmp_path, path):
     download(site.url + path, tmp_path / 'new' / 'f', size=len(BODY), sha256=SHA256)

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 try:
     import fcntl
 except ImportError:
-    fcntl = None # on Windows, where torchrun must find the files already there
+    fcntl = None # on Windows
 
 PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
 CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
@@ -39,17 +40,25 @@ def download(url, path, size=None, sha256=None):
             sys.exit(f'{path} is not the file published at {url}: delete it and run the command again')
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(folder, fcntl.LOCK_EX) # one process at a time: the others then find the file
-        if not path.exists():
-            download_locked(url, path, part, size, sha256)
-    finally:
-        if fcntl:
-            os.close(folder)
+    with alone_in(path.parent):
+        if not path.exists(): # else another process has fetched it meanwhile
+            fetch_verified(url, path, part, size, sha256)
 
-def download_locked(url, path, part, size, sha256):
+@contextmanager
+def alone_in(folder):
+    """one process at a time, as those of torchrun start together; where there are no such locks, all at once"""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+def fetch_verified(url, path, part, size, sha256):
+    """the file under its final name: several tries, then one sentence"""
     for pause in (*PAUSES, None):
         try:
             published = fetch(url, part, size)
