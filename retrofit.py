@@ -25,15 +25,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, head, load_checkpoint, save_checkpoint
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, local_rank, main, open_data, open_log, peak_memory, say,
-                     start, update, validation_loss, world)
+from runtime import (all_reduce, catch_signals, cosine, fail, leave, local_rank, main, open_data, open_log, peak_memory,
+                     say, start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
@@ -274,6 +273,7 @@ for conversion, k, sign in students:
         name = f'{conversion}_{k}bit' + '_negative' * (sign < 0 and k > 0) + f'_{seed}' * bool(knobs.seeds)
         losses = tune(name, conversion, k, sign, seed)
         if losses is None:
+            leave()
             sys.exit()
         table.append((title + f', seed {seed}' * bool(knobs.seeds), k, *losses))
 for k, sign in others:
@@ -288,5 +288,4 @@ for title, k, before, after in table:
     say(f'{title:42}{k:>6}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
 say('bits: remembered an element of the state and layer. With 0, and only then, and where no layer is stored, memory does '
     'not grow with depth.')
-if world > 1:
-    dist.destroy_process_group()
+leave()

@@ -4,6 +4,7 @@ What train.py and retrofit.py share around their loops: processes, device and dt
 The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
 """
 import csv
+import gc
 import json
 import math
 import os
@@ -61,6 +62,15 @@ def start(knobs):
     return SimpleNamespace(kind=kind, device=device, dtype=dtype,
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'))
+
+def leave():
+    """
+    Leaves the processes, once no variable holds a DistributedDataParallel model. That keeps the process group alive, in
+    cycles too, and threads of gloo that outlive Python's own end abort now and then (torch 2.13).
+    """
+    gc.collect()
+    if world > 1:
+        dist.destroy_process_group()
 
 def all_reduce(*numbers):
     """The sums over all processes."""

@@ -70,7 +70,7 @@ def test_an_increment_that_is_not_finite_reaches_the_loss(scheme, value):
         assert not loss.isfinite()
         assert not model(batch()[0])[0].isfinite().any()
         loss.backward()
-        assert not model.transformer.wte.weight.grad.isfinite().any()
+        assert not model.transformer.wte.weight.grad[batch()[0]].isfinite().any()     # rows of tokens not seen are 0
 
 def test_float16_recovers_with_its_scaler():
     """An overflow in the scaled backward pass skips the step and lowers the scale; then training goes on."""

@@ -19,14 +19,13 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, local_rank, main, open_data, open_log, peak_memory, say,
-                     start, update, validation_loss, world)
+from runtime import (all_reduce, catch_signals, cosine, fail, leave, local_rank, main, open_data, open_log, peak_memory,
+                     say, start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
@@ -206,5 +205,5 @@ while step < knobs.max_iters:
         evaluate_and_save()
         clock += time.time() - pause
 
-if world > 1:
-    dist.destroy_process_group()
+del model
+leave()
