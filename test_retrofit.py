@@ -1,15 +1,12 @@
 """
-What must be true of pretrained.py, retrofit.py and data/text:  python -m pytest test_retrofit.py
+What must be true of retrofit.py:  python -m pytest test_retrofit.py
 
-Small random models, written here as the public ones are written. Those that compare with transformers and tokenizers
-are skipped where these packages are not installed. The conversions' gradients are in test_reversible.py.
+The gradients of its students, stored and rebuilt, bit for bit; its own criterion; and the script, as a user runs it.
 """
-import json
 import signal
 import subprocess
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,193 +14,8 @@ from torch.nn import functional as F
 from data.text.prepare import prepare as prepare_text
 import model as model_py
 from model import GPT, GPTConfig, load_checkpoint
-from pretrained import build, same_tokens, tokenizer
-from test_data import site                                              # noqa: F401, a fixture
 from test_reversible import L, check_exact
-from test_scripts import command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
-
-LLAMA = dict(model_type='llama', vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-4,
-             rope_theta=5000.0, tie_word_embeddings=False, hidden_act='silu')
-
-def write_safetensors(path, tensors):
-    """As the format says: length, header, bytes."""
-    header, raw = {}, b''
-    for name, tensor in tensors.items():
-        content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = dict(dtype={torch.float32: 'F32', torch.bfloat16: 'BF16'}[tensor.dtype],
-                            shape=list(tensor.shape), data_offsets=[len(raw), len(raw) + len(content)])
-        raw += content
-    header = json.dumps(header).encode()
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + raw)
-
-def llama_tensors(dtype=torch.float32):
-    torch.manual_seed(0)
-    shapes = {'model.embed_tokens': (97, 32), 'model.norm': (32,), 'lm_head': (97, 32)}
-    for j in range(2):
-        for part, shape in (('input_layernorm', (32,)), ('post_attention_layernorm', (32,)), ('self_attn.q_proj', (32, 32)),
-                            ('self_attn.k_proj', (16, 32)), ('self_attn.v_proj', (16, 32)), ('self_attn.o_proj', (32, 32)),
-                            ('mlp.gate_proj', (40, 32)), ('mlp.up_proj', (40, 32)), ('mlp.down_proj', (32, 40))):
-            shapes[f'model.layers.{j}.{part}'] = shape
-    return {f'{name}.weight': torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-
-def llama_folder(folder, tensors=None, **changes):
-    folder.mkdir(exist_ok=True)
-    (folder / 'config.json').write_text(json.dumps({**LLAMA, **changes}))
-    write_safetensors(folder / 'model.safetensors', tensors or llama_tensors())
-    return str(folder)
-
-# -----------------------------------------------------------------------------
-# the weights of others
-
-def against_transformers(theirs, folder, **how):
-    for weight in theirs.parameters():              # amplified, as trained ones are
-        weight.data = 3 * weight.data if weight.dim() == 2 else weight.data + 0.1 * torch.randn(weight.shape)
-    theirs.eval().save_pretrained(folder, **how)
-    ours = GPT.from_pretrained(str(folder)).eval()
-    idx = torch.randint(theirs.config.vocab_size, (2, 48))
-    with torch.no_grad():
-        want, got = theirs(idx).logits, ours.lm_head(ours.hidden(idx))
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-    greedy = theirs.generate(idx[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=40, min_new_tokens=40,
-                             do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(idx[:, :5], 40, temperature=0), greedy)
-
-@pytest.mark.parametrize('options', [{}, dict(n_inner=50, layer_norm_epsilon=1e-3), dict(tie_word_embeddings=False)], ids=str)
-def test_gpt2_of_transformers(options, tmp_path):
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    against_transformers(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, eos_token_id=96, bos_token_id=96, **options)), tmp_path)
-
-@pytest.mark.parametrize('options', [
-    dict(num_key_value_heads=2), dict(num_key_value_heads=8, tie_word_embeddings=True),         # SmolLM2's 135M and 1.7B
-    dict(num_key_value_heads=1, rope_parameters=dict(rope_type='default', rope_theta=130000.0), rms_norm_eps=1e-3),
-], ids=str)
-def test_llama_of_transformers(options, tmp_path):
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    against_transformers(transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=100, num_hidden_layers=3, num_attention_heads=8,
-        max_position_embeddings=64, **options)), tmp_path, max_shard_size='60KB')               # several files, an index
-    assert (tmp_path / 'model.safetensors.index.json').exists()
-
-def test_from_the_hub(site, tmp_path, monkeypatch):                     # noqa: F811
-    """Downloaded once, in bfloat16 and in two shards, from a server of this machine."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('HF_ENDPOINT', site.url)
-    name = 'HuggingFaceTB/SmolLM2-135M'
-    tensors = llama_tensors(torch.bfloat16)
-    names, files = list(tensors), {}
-    for i, part in enumerate((names[:9], names[9:])):
-        write_safetensors(tmp_path / 'part', {n: tensors[n] for n in part})
-        files[f'{i}.safetensors'] = (tmp_path / 'part').read_bytes()
-    index = dict(weight_map={n: f'{int(i >= 9)}.safetensors' for i, n in enumerate(names)})
-    files.update({'config.json': json.dumps(LLAMA).encode(), 'model.safetensors.index.json': json.dumps(index).encode()})
-    site.files = {f'/{name}/resolve/main/{file}': content for file, content in files.items()}
-    model = GPT.from_pretrained(name, scheme='leapfrog', h=0.25)
-    assert model.config.scheme == 'leapfrog' and model.config.h == 0.25
-    block = model.transformer.h[1]
-    assert torch.equal(block.attn.c_attn.weight, torch.cat([tensors[f'model.layers.1.self_attn.{x}_proj.weight']
-                                                            for x in 'qkv']).float())
-    assert torch.equal(block.mlp.c_fc.weight[:40], tensors['model.layers.1.mlp.gate_proj.weight'].float())
-    assert torch.equal(model.lm_head.weight, tensors['lm_head.weight'].float())
-    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')         # nobody there
-    for file in (tmp_path / 'weights' / name).glob('*safetensors*'):
-        file.unlink()
-    write_safetensors(tmp_path / 'weights' / name / 'model.safetensors', tensors)
-    GPT.from_pretrained(name)                       # all of it is here: no network is needed
-    with pytest.raises(ValueError, match='do not fit a model with'):
-        GPT.from_pretrained(name, n_layer=1)
-
-def test_nanogpt(tmp_path):
-    ours = GPT(GPTConfig(block_size=32, vocab_size=97, n_layer=2, n_head=2, n_embd=32, bias=False, scheme='standard'))
-    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=97, dropout=0.0)
-    weights = {f'_orig_mod.{name}': weight for name, weight in ours.state_dict().items()}
-    weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 32, 32)     # a buffer, without flash attention
-    torch.save(dict(model=weights, model_args=args, iter_num=7, config={}), tmp_path / 'ckpt.pt')
-    model = GPT.from_pretrained(str(tmp_path / 'ckpt.pt'), block_size=16, scheme='midpoint')
-    assert torch.equal(model.transformer.wpe.weight, ours.transformer.wpe.weight[:16])
-    for name, weight in model.state_dict().items():
-        assert 'wpe' in name or torch.equal(weight, ours.state_dict()[name])
-    same_tokens('ckpt.pt', build(str(tmp_path / 'ckpt.pt'))[1], 'data', dict(encoding='bytes'))     # it does not say
-    weights['extra'] = torch.ones(1)
-    torch.save(dict(model=weights, model_args=args), tmp_path / 'ckpt.pt')
-    with pytest.raises(ValueError, match='has a tensor extra which'):
-        GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
-
-BAD = {
-    'an architecture': (dict(model_type='mamba'), {}, "the architecture 'mamba' is not supported"),
-    'rope scaling': (dict(rope_scaling=dict(type='linear', factor=2.0)), {}, 'rope_scaling ='),
-    'rope scaling, as of transformers 5': (dict(rope_parameters=dict(rope_type='yarn')), {}, "rope scaling of type 'yarn'"),
-    'a bias': (dict(attention_bias=True), {}, 'attention_bias = True is not supported'),
-    'wide heads': (dict(head_dim=64), {}, 'head_dim = 64 is not supported'),
-    'a missing tensor': ({}, {'model.norm.weight': None}, 'has no tensor norm.weight'),
-    'an extra tensor': ({}, {'model.extra.weight': torch.zeros(3)}, 'has a tensor extra.weight which'),
-    'a wrong shape': ({}, {'model.norm.weight': torch.zeros(31)}, 'norm.weight has shape (31,)'),
-    'a wrong shape of a part': ({}, {'model.layers.0.self_attn.k_proj.weight': torch.zeros(16, 31)},
-                                'layers.0.self_attn.k_proj.weight has shape (16, 31), and config.json says (16, 32)'),
-    'shapes that add up': ({}, {'model.layers.0.self_attn.k_proj.weight': torch.zeros(20, 32),
-                                'model.layers.0.self_attn.v_proj.weight': torch.zeros(12, 32)}, 'k_proj.weight has shape (20'),
-    'rope scaling, of an older name': (dict(rope_parameters=dict(type='linear', factor=2)), {}, "scaling of type 'linear'"),
-    'no heads': (dict(num_attention_heads=0), {}, 'a size is no number, or 0'),
-    'a config that lacks': (dict(hidden_size=None), {}, "lacks 'hidden_size'"),
-}
-
-@pytest.mark.parametrize('case', BAD)
-def test_a_model_that_does_not_fit_is_refused_in_a_sentence(case, tmp_path):
-    changes, tensors, words = BAD[case]
-    folder = llama_folder(tmp_path / 'model', {name: tensor for name, tensor in {**llama_tensors(), **tensors}.items()
-                                               if tensor is not None}, **changes)
-    if None in changes.values():
-        config = {name: value for name, value in LLAMA.items() if name not in changes}
-        (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
-        GPT.from_pretrained(folder)
-    assert words in str(error.value) and '\n' not in str(error.value)
-
-def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
-    folder = llama_folder(tmp_path / 'model')
-    path = tmp_path / 'model' / 'model.safetensors'
-    content = path.read_bytes()
-    for damaged in (content[:-1], content[:100], content[:5], b'', content + b'0', b'x' * 500):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match='model.safetensors is cut off, or no safetensors file'):
-            GPT.from_pretrained(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match='has no model.safetensors'):
-        GPT.from_pretrained(folder)
-    (tmp_path / 'model' / 'config.json').write_text('{')
-    with pytest.raises(ValueError, match='config.json is damaged'):
-        GPT.from_pretrained(folder)
-    with pytest.raises(ValueError, match='neither a folder nor a model known here'):
-        GPT.from_pretrained('gpt5')
-    (tmp_path / 'ckpt.pt').write_bytes(content)
-    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
-        GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
-
-def test_text_in_the_tokens_of_a_llama(tmp_path):
-    tokenizers = pytest.importorskip('tokenizers')
-    folder = llama_folder(tmp_path / 'model')
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0, 'to': 1, 'be': 2, 'or': 3}, unk_token='<unk>'))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.enable_truncation(3)
-    words.save(str(tmp_path / 'model' / 'tokenizer.json'))
-    (tmp_path / 'text.txt').write_text('to be or ' * 10)
-    prepare_text([str(tmp_path / 'text.txt')], folder, tmp_path)
-    assert np.fromfile(tmp_path / 'train.bin', np.uint8).tolist() == [1, 2, 3] * 9
-    assert np.fromfile(tmp_path / 'val.bin', np.uint8).tolist() == [1, 2, 3]
-    meta = json.loads((tmp_path / 'meta.json').read_text())
-    encode, decode = tokenizer(meta)
-    assert decode(encode('be to')) == 'be to'
-    same_tokens('model', build(folder)[1], 'data', meta)
-    with pytest.raises(ValueError, match='encode the data with the tokenizer of the model'):
-        same_tokens('model', build(folder)[1], 'data', dict(encoding='gpt2'))
-    with pytest.raises(SystemExit, match='No such file'):
-        prepare_text([str(tmp_path / 'none.txt')], folder, tmp_path)
-
-# -----------------------------------------------------------------------------
-# retrofit.py
+from test_scripts import command, complaint, knobs_of, place, run       # noqa: F401, place is a fixture
 
 retrofit = knobs_of('retrofit.py', whole=True)      # its functions; nothing of it has run
 
