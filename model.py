@@ -65,16 +65,17 @@ class GPTConfig:
             raise ValueError(f"unknown scheme '{self.scheme}': choose one of {', '.join(SCHEMES)}")
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} = {getattr(self, name)} must be 1 or more')
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f'{name} = {getattr(self, name)!r} must be a whole number, 1 or more')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} must be 0 or more, and below 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head = {self.n_head} must be divisible by n_kv_head = {self.n_kv_head}')
-        if self.rope_theta is not None and self.n_embd // self.n_head % 2:
-            raise ValueError(f'rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}')
+        if self.rope_theta is not None and (self.n_embd // self.n_head % 2 or not self.rope_theta > 0):
+            raise ValueError(f'rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}, and a '
+                             f'rope_theta above 0, not {self.rope_theta}')
         for name, choices in (('norm', ('layernorm', 'rmsnorm')), ('mlp', ('gelu', 'swiglu'))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} '{getattr(self, name)}': choose {' or '.join(choices)}")

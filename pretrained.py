@@ -95,7 +95,10 @@ def read_weights(name):
     """All tensors of a model, from one file or from the shards of an index."""
     files = ['model.safetensors']
     if not os.path.exists(local(name, files[0])) and (index := find(name, 'model.safetensors.index.json')):
-        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        shards = read_json(index).get('weight_map')
+        if not isinstance(shards, dict):
+            raise ValueError(f'{index} is damaged: delete it and fetch it again')
+        files = sorted(set(shards.values()))
     tensors = {}
     for file in files:
         tensors.update(read_safetensors(need(name, file)))
@@ -202,7 +205,7 @@ def config_of(theirs, where):
                 norm='rmsnorm', mlp='swiglu', bias=False, scheme='standard')
     except KeyError as error:
         raise ValueError(f'{where} lacks {error}') from None
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, AttributeError, ZeroDivisionError):
         raise ValueError(f'{where}: a size is no number, or 0') from None
     raise ValueError(f'{where}: the architecture {family!r} is not supported, only gpt2 and llama')
 
@@ -219,7 +222,7 @@ def load_checkpoint_of_any(path):
     """As load(), of a checkpoint of train.py, of retrofit.py or of nanoGPT."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        nano = 'model_args' in checkpoint
+        nano = {'model_args', 'model'} <= checkpoint.keys()
     except Exception:
         nano = False                            # load_checkpoint() says what is wrong
     if not nano:
@@ -292,7 +295,10 @@ def tokenizer(meta):
 
 def same_tokens(name, one, other_name, other):
     """ValueError unless both metas say that text became tokens in the same way."""
+    def place(value):                           # a folder may be written in more than one way
+        return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
+
     for key in ('encoding', 'chars', 'model') if one['encoding'] != 'unknown' else ():
-        if one.get(key) != other.get(key):
+        if place(one.get(key)) != place(other.get(key)):
             raise ValueError(f"{name} reads tokens of {key} {one.get(key)!r}, and {other_name} has {other.get(key)!r}: "
                              'encode the data with the tokenizer of the model')

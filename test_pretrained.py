@@ -136,6 +136,9 @@ BAD = {
     'shapes that add up': ({}, {'model.layers.0.self_attn.k_proj.weight': torch.zeros(20, 32),
                                 'model.layers.0.self_attn.v_proj.weight': torch.zeros(12, 32)}, 'k_proj.weight has shape (20'),
     'rope scaling, of an older name': (dict(rope_parameters=dict(type='linear', factor=2)), {}, "scaling of type 'linear'"),
+    'a size in quotes': (dict(num_hidden_layers='2'), {}, "n_layer = '2' must be a whole number"),
+    'rope parameters in a list': (dict(rope_parameters=[1]), {}, 'a size is no number'),
+    'a rope that turns nothing': (dict(rope_theta=0), {}, 'a rope_theta above 0, not 0.0'),
     'no heads': (dict(num_attention_heads=0), {}, 'a size is no number, or 0'),
     'a config that lacks': (dict(hidden_size=None), {}, "lacks 'hidden_size'"),
 }
@@ -163,12 +166,18 @@ def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match='has no model.safetensors'):
         GPT.from_pretrained(folder)
+    (tmp_path / 'model' / 'model.safetensors.index.json').write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match='index.json is damaged'):
+        GPT.from_pretrained(folder)
     (tmp_path / 'model' / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='config.json is damaged'):
         GPT.from_pretrained(folder)
     with pytest.raises(ValueError, match='neither a folder nor a model known here'):
         GPT.from_pretrained('gpt5')
     (tmp_path / 'ckpt.pt').write_bytes(content)
+    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
+        GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
+    torch.save(dict(model_args={}), tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
         GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
 
@@ -187,6 +196,7 @@ def test_text_in_the_tokens_of_a_llama(tmp_path):
     encode, decode = tokenizer(meta)
     assert decode(encode('be to')) == 'be to'
     same_tokens('model', build(folder)[1], 'data', meta)
+    same_tokens('model', build(folder)[1], 'data', dict(meta, model=f'{folder}/'))      # the same folder
     with pytest.raises(ValueError, match='encode the data with the tokenizer of the model'):
         same_tokens('model', build(folder)[1], 'data', dict(encoding='gpt2'))
     with pytest.raises(SystemExit, match='No such file'):

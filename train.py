@@ -107,6 +107,10 @@ try:
         raw_model = GPT(replace(GPTConfig(**checkpoint['config']), **PASSING))
     else:
         raw_model, its_meta = build(knobs.init_from, **PASSING)
+        for name in sorted(FIELDS - {*PASSING, 'block_size'}):
+            if getattr(knobs, name) not in (getattr(Knobs, name), getattr(raw_model.config, name)):
+                fail(f'{name} = {getattr(knobs, name)}, but {knobs.init_from} has {name} = '
+                     f'{getattr(raw_model.config, name)}, and keeps it: leave {name} out')
         same_tokens(knobs.init_from, its_meta, f'data/{knobs.dataset}', meta)
 except ValueError as error:
     fail(str(error))
@@ -180,6 +184,8 @@ def evaluate_and_save():
 
 if step == 0:
     evaluate_and_save()
+if step >= knobs.max_iters:
+    say(f'all of its {step} steps are made: give a larger --max_iters to go on')
 clock, steps_timed = time.time(), 0
 while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate

@@ -33,6 +33,9 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
         text = '\n\n'.join(path.read_text(encoding='utf-8') for path in paths)
         meta = tokens_of(tokenizer_name)
         encode, _ = tokenizer(meta)
+        if meta['encoding'] == 'chars' and (unknown := set(text) - set(meta['chars'])):
+            raise ValueError(f"{tokenizer_name} knows no {', '.join(map(repr, sorted(unknown)))}: its characters are "
+                             f"{meta['chars']!r}")
     except (OSError, ValueError) as error:
         sys.exit(f'{error}')
     dtype = 'uint8' if meta['vocab_size'] <= 2**8 else 'uint16' if meta['vocab_size'] <= 2**16 else 'uint32'
