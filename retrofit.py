@@ -32,7 +32,7 @@ from configurator import configure
 from model import GPT, head, load_checkpoint, save_checkpoint
 from pretrained import build, same_tokens
 from runtime import (all_reduce, catch_signals, cosine, fail, leave, local_rank, main, open_data, open_log, peak_memory,
-                     say, start, update, validation_loss, world)
+                     say, signals, start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
@@ -213,8 +213,8 @@ for name, choices in (('init_from', ('teacher', 'resume')), ('sign', (1, -1)),
     if getattr(knobs, name) not in choices:
         fail(f'{name} = {getattr(knobs, name)!r}: choose one of {", ".join(map(str, choices))}')
 bits = knobs.bits if isinstance(knobs.bits, list) else [knobs.bits]
-if not bits or any(type(k) is not int or not 0 <= k <= 8 for k in bits):
-    fail(f'bits = {knobs.bits}: give a whole number from 0 to 8, or a list of them')
+if not bits or any(type(k) is not int or k not in (0, 1, 2, 4, 8) for k in bits):
+    fail(f'bits = {knobs.bits}: choose 0, 1, 2, 4 or 8, or a list of them')
 if not 1 / 256 <= knobs.anneal_from <= 1 or not 0 <= knobs.anneal_part <= 1:
     fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, and anneal_part = {knobs.anneal_part} '
          'between 0 and 1')
@@ -223,25 +223,28 @@ if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
 meta, train_data, val_data = open_data(knobs)
 
 def steps_lacking():
-    """How many steps the teacher's training lacks; None if it has not begun."""
+    """How many steps the teacher's training lacks; None if there is no teacher, and its training has not begun."""
     path = os.path.join(os.path.dirname(knobs.teacher), 'last.pt')
-    if os.path.exists(path):
-        checkpoint = load_checkpoint(path)
+    if os.path.exists(path) and 'knobs' in (checkpoint := load_checkpoint(path)):      # and thus written by train.py
         return checkpoint['knobs']['max_iters'] - checkpoint['step']
+    return 0 if os.path.exists(knobs.teacher) else None
 
+catch_signals()
 try:
-    if knobs.teacher_config and steps_lacking() != 0:
+    if knobs.teacher_config and knobs.teacher.endswith('.pt') and steps_lacking() != 0:
         if world > 1:
             fail(f'{knobs.teacher} is not there, or not done: train it first, with torchrun train.py {knobs.teacher_config}')
         say(f'training {knobs.teacher} with {knobs.teacher_config}')
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
-        subprocess.run([sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
-                        f'--device={here.kind}', f'--init_from={"scratch" if steps_lacking() is None else "resume"}'])
+        training = subprocess.Popen([
+            sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
+            f'--device={here.kind}', f'--init_from={"scratch" if steps_lacking() is None else "resume"}'])
+        while training.poll() is None:
+            if signals:                     # it saves what it has, and stops
+                training.terminate()
+            time.sleep(0.2)
         if steps_lacking() != 0:
             fail(f'{knobs.teacher} is not done: run the command again')
-except (ValueError, KeyboardInterrupt) as error:
-    fail(str(error) or 'stopped')
-try:
     teacher, teacher_meta = build(knobs.teacher, dropout=0.0)
     if teacher.config.scheme != 'standard':
         fail(f'{knobs.teacher} is of scheme {teacher.config.scheme}: the teacher must be a standard model')
@@ -253,7 +256,6 @@ if knobs.block_size > teacher.config.block_size:
 teacher.to(here.device).requires_grad_(False)
 if knobs.compile:
     teacher.compile()
-catch_signals()
 
 # what is tuned, and what is only measured beside it
 students = ([(conversion, 0, 1) for conversion in ('midpoint_a', 'midpoint_sum', 'symplectic')]
@@ -287,5 +289,5 @@ say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
 for title, k, before, after in table:
     say(f'{title:42}{k:>6}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
 say('bits: remembered an element of the state and layer. With 0, and only then, and where no layer is stored, memory does '
-    'not grow with depth.')
+    'not grow with depth.\nbefore: where a moves, with a where it starts.')
 leave()

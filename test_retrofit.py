@@ -3,8 +3,10 @@ What must be true of retrofit.py:  python -m pytest test_retrofit.py
 
 The gradients of its students, stored and rebuilt, bit for bit; its own criterion; and the script, as a user runs it.
 """
+import os
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from data.text.prepare import prepare as prepare_text
 import model as model_py
 from model import GPT, GPTConfig, load_checkpoint
 from test_reversible import L, check_exact
-from test_scripts import command, complaint, knobs_of, place, run       # noqa: F401, place is a fixture
+from test_scripts import ROOT, command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
 
 retrofit = knobs_of('retrofit.py', whole=True)      # its functions; nothing of it has run
 
@@ -83,6 +85,29 @@ def test_no_logits_are_whole_in_memory():
         hidden = teacher.hidden(idx)
         student(idx, idx, retrofit.distillation(teacher, hidden, idx, 1.0, 0.0))[1].backward()
     assert largest == 1024 * 50304
+
+PEAK = """
+import sys, torch
+from model import GPT, GPTConfig
+from test_scripts import knobs_of
+retrofit = knobs_of('retrofit.py', whole=True)
+config = GPTConfig(block_size=512, vocab_size=50304, n_layer=2, n_head=2, n_embd=8, scheme='standard')
+teacher, student = GPT(config).requires_grad_(False), GPT(retrofit.converted(config, 'midpoint_a', 1.0, 0))
+idx = torch.randint(50304, (int(sys.argv[1]), 512))
+def status(key):
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+before = status('VmRSS')
+hidden = teacher.hidden(idx)
+student(idx, idx, retrofit.distillation(teacher, hidden, idx, 1.0, 0.0))[1].backward()
+print(status('VmHWM') - before)
+"""
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak resident memory is read from Linux /proc')
+def test_peak_memory_does_not_grow_with_the_logits():
+    few, many = (int(subprocess.run([sys.executable, '-c', PEAK, str(rows)], check=True, cwd=ROOT, capture_output=True,
+                                    env=dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')).stdout) for rows in (2, 5))
+    assert many - few < 0.1 * 4 * (5 - 2) * 512 * 50304         # bytes of one tensor of the added tokens' logits
 
 def test_the_way_to_a():
     knobs = SimpleNamespace(conversion='midpoint_a', bits=0, sign=1, anneal_from=0.25, anneal_part=0.6, max_iters=101)
@@ -162,10 +187,31 @@ def test_its_checkpoints_are_sampled_and_trained_on_text_of_ones_own(workshop):
     prepare_text([str(workshop / 'own.txt')], str(workshop / 'students' / 'midpoint_a_1bit' / 'last.pt'),
                  workshop / 'data' / 'own')
     assert (workshop / 'data' / 'own' / 'val.bin').read_bytes() == b'abc cab ' * 5
-    run(workshop, 'train.py', **dict(TEACHER, scheme='leapfrog', dataset='own'),
-        init_from='students/midpoint_a_1bit/last.pt', out_dir='more')
+    flags = dict(TEACHER, dataset='own', scheme='midpoint_a', init_from='students/midpoint_a_1bit/last.pt', out_dir='more')
+    run(workshop, 'train.py', **flags)
+    assert 'has scheme = midpoint_a, and keeps it' in complaint(workshop, 'train.py', **dict(flags, scheme='symplectic'))
     config = final(workshop, 'more/last.pt')['config']
     assert (config['scheme'], config['a'], config['stored_layers']) == ('midpoint_a', 0.5, 0)
+
+def test_a_teacher_that_is_there_is_taken_as_it_is(workshop):
+    (workshop / 'mine').mkdir()
+    content = (workshop / 'taught' / 'best.pt').read_bytes()
+    (workshop / 'mine' / 'best.pt').write_bytes(content)                # and no last.pt
+    flags = dict(SMALL, teacher='mine/best.pt', teacher_config='teacher.py', out_dir='of_mine', max_iters=1)
+    assert 'training' not in run(workshop, 'retrofit.py', **flags)
+    assert (workshop / 'mine' / 'best.pt').read_bytes() == content and len(list((workshop / 'mine').iterdir())) == 1
+
+def test_stopped_while_the_teacher_is_trained(workshop):
+    slow = dict(TEACHER, max_iters=2000, eval_interval=2000, log_interval=1)
+    (workshop / 'slow.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in slow.items()))
+    flags = dict(SMALL, teacher='slow/best.pt', teacher_config='slow.py', out_dir='of_slow')
+    with subprocess.Popen(command('retrofit.py', **flags), cwd=workshop, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if 'step 2: loss' in line:
+                process.send_signal(signal.SIGTERM)
+        assert 'is not done: run the command again' in process.stderr.read()        # and its training has ended
+    assert 2 <= final(workshop, 'slow/last.pt')['step'] < 2000
 
 def test_two_processes_retrofit_alike(workshop):
     flags = dict(SMALL, teacher='taught/best.pt', out_dir='two', batch_size=2, gradient_accumulation_steps=4)
@@ -175,7 +221,7 @@ def test_two_processes_retrofit_alike(workshop):
 
 @pytest.mark.parametrize('flags, words', [
     (dict(conversion='magic'), "conversion = 'magic': choose one of midpoint_a"),
-    (dict(bits=9), 'bits = 9: give a whole number from 0 to 8'),
+    (dict(bits=3), 'bits = 3: choose 0, 1, 2, 4 or 8'),
     (dict(teacher='none.pt'), 'there is no checkpoint none.pt'),
     (dict(teacher='students/midpoint_a_0bit/last.pt'), 'the teacher must be a standard model'),
     (dict(block_size=17), 'block_size = 17: taught/best.pt sees 16 tokens at most'),
