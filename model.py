@@ -17,6 +17,7 @@ import math
 import os
 import zipfile
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -307,17 +308,37 @@ class ChunkedLoss(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # GPT-2, with nanoGPT's names, and Llama
 
-def rotate(x, theta):
+def rotate(x, theta, first):
     """
-    Rotary positions (arXiv 2104.09864) of x (B, nh, T, hs): at position t, channels i and i + hs/2 turn by the angle
-    t * theta^(-2i / hs). Which channels make a pair is a matter of convention; this is that of Llama's public weights.
+    Rotary positions (arXiv 2104.09864) of x (B, nh, T, hs), the first of which is given: at position t, channels i and
+    i + hs/2 turn by the angle t * theta^(-2i / hs). Which channels make a pair is a matter of convention; this is that of
+    Llama's public weights.
     """
     T, hs = x.shape[-2:]
     frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)                # (hs/2)
-    angle = torch.arange(T, device=x.device)[:, None] * frequency                               # (T, hs/2)
+    angle = torch.arange(first, first + T, device=x.device)[:, None] * frequency                # (T, hs/2)
     cos, sin = angle.cos(), angle.sin()
     x1, x2 = x.chunk(2, dim=-1)                                                                 # (B, nh, T, hs/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+class Cache:
+    """
+    For sampling: the keys and values of all tokens so far, of every evaluation of attention in the order of depth. What
+    a token's states are, in any scheme, depends on other tokens through these alone.
+    """
+
+    def __init__(self, length):
+        self.length, self.tokens, self.depth, self.layers = length, 0, 0, []
+
+    def extend(self, *new):
+        """Keys and values (B, nkv, T, hs) of the next T tokens -> those of all tokens so far."""
+        if self.depth == len(self.layers):
+            self.layers.append([x.new_empty(*x.shape[:2], self.length, x.size(3)) for x in new])
+        layer, end = self.layers[self.depth], self.tokens + new[0].size(2)
+        for kept, x in zip(layer, new):
+            kept[:, :, self.tokens:end] = x.detach()
+        self.depth += 1
+        return [kept[:, :, :end] for kept in layer]
 
 class CausalSelfAttention(nn.Module):
 
@@ -329,16 +350,20 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.theta, self.dropout = config.rope_theta, config.dropout
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         B, T, _ = x.size()                                      # batch, tokens: 12, 1024 in GPT-2
+        first = cache.tokens if cache else 0                    # position of the first
         qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)                            # (B, heads, T, hs)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)               # (B, nh or nkv, T, hs)
         if self.theta is not None:
-            q, k = rotate(q, self.theta), rotate(k, self.theta)
+            q, k = rotate(q, self.theta, first), rotate(k, self.theta, first)
+        if cache:
+            k, v = cache.extend(k, v)
         if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)          # (B, nh, T, hs)
+        # without a past every token sees those before it; with one there is one new token, and it sees all
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=first == 0)    # (B, nh, T, hs)
         y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, T, C): the heads side by side again
         return F.dropout(y, self.dropout, self.training)
 
@@ -374,14 +399,14 @@ class Block(nn.Module):
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def attention(self, x):
-        return self.attn(self.ln_1(x))
+    def attention(self, x, cache=None):
+        return self.attn(self.ln_1(x), cache)
 
     def feedforward(self, x):
         return self.mlp(self.ln_2(x))
 
-    def forward(self, x):
-        y = self.attention(x)
+    def forward(self, x, cache=None):
+        y = self.attention(x, cache)
         return y + self.feedforward(x + y)
 
 class GPT(nn.Module):
@@ -411,27 +436,28 @@ class GPT(nn.Module):
                 deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(weight, std=0.02 / deep)
 
-    def steps(self):
+    def steps(self, cache):
         """(f, its weights, its coefficients, its layer) of every step, in the order of depth."""
         for j, (block, coefficients) in enumerate(zip(self.transformer.h, self.coefficients)):
             if self.config.scheme == 'symplectic':
-                yield block.attention, (*block.ln_1.parameters(), *block.attn.parameters()), coefficients, j
+                attention = partial(block.attention, cache=cache)
+                yield attention, (*block.ln_1.parameters(), *block.attn.parameters()), coefficients, j
                 yield block.feedforward, (*block.ln_2.parameters(), *block.mlp.parameters()), coefficients, j
             elif self.config.scheme == 'midpoint_sum' and j:
                 def f(x, pair=(self.transformer.h[j - 1], block)):
-                    return pair[0].forward(x) + pair[1].forward(x)
+                    return pair[0].forward(x, cache) + pair[1].forward(x, cache)
 
                 yield f, (*self.transformer.h[j - 1].parameters(), *block.parameters()), coefficients, j
             else:
-                yield block.forward, tuple(block.parameters()), coefficients, j
+                yield partial(block.forward, cache=cache), tuple(block.parameters()), coefficients, j
 
     @torch.compiler.disable
-    def integrate(self, x):
+    def integrate(self, x, cache=None):
         """From the embedding to the last state, both (B, T, C)."""
         config, grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
         if config.scheme == 'standard':
-            for f, _, _, j in self.steps():
+            for f, _, _, j in self.steps(cache):
                 x = x + (f(x) if j >= first_stored or not grad else checkpoint(f, x, use_reentrant=False))
             return x
 
@@ -440,7 +466,7 @@ class GPT(nn.Module):
         tape.p_prev, tape.p = to_state(1, x, tape), to_state(1, x, tape)
         # rounded like every state, with gradients straight through; the paper leaves p_{-1} open: p_{-1} = p_0
         p_prev = p = x + (to_float(tape.p, x.dtype) - x).detach()
-        for f, weights, coefficients, j in self.steps():
+        for f, weights, coefficients, j in self.steps(cache):
             weights = [w for w in weights if w.requires_grad]
             p_prev, p = p, ReversibleStep.apply(p_prev, p, tape, f, coefficients, grad and j >= first_stored,
                                                 config.dropout > 0 and self.training, *weights)
@@ -448,22 +474,31 @@ class GPT(nn.Module):
         # that finite increments carry beyond 2^31 (2^31 / n where a = n / 2^k) wraps around, and is not noticed
         return p + torch.where(tape.largest < 2**31, 0.0, math.nan).to(p.dtype) if config.exact else p
 
-    def hidden(self, idx):
-        """idx (B, T) tokens -> (B, T, C) after the final norm; logits of all positions are lm_head of it."""
+    def hidden(self, idx, cache=None):
+        """
+        idx (B, T) tokens -> (B, T, C) after the final norm; logits of all positions are lm_head of it. With a cache, idx
+        goes on where the last call stopped: any number of tokens at first, one at a time from then on.
+        """
         B, T = idx.size()
-        if T > self.config.block_size:
-            raise ValueError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
+        first = cache.tokens if cache else 0
+        if first and T > 1:
+            raise ValueError('with a past in the cache, give one token at a time')
+        if first + T > self.config.block_size:
+            raise ValueError(f'a sequence of {first + T} tokens is longer than block_size = {self.config.block_size}')
         x = self.transformer.wte(idx)                                                       # (B, T, C)
         if self.config.rope_theta is None:
-            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
-        return self.transformer.ln_f(self.integrate(self.transformer.drop(x)))
+            x = x + self.transformer.wpe(torch.arange(first, first + T, device=idx.device))
+        x = self.transformer.ln_f(self.integrate(self.transformer.drop(x), cache))
+        if cache:
+            cache.tokens, cache.depth = first + T, 0
+        return x
 
-    def forward(self, idx, targets=None, criterion=None):
+    def forward(self, idx, targets=None, criterion=None, cache=None):
         """
         idx (B, T) -> (logits of the last position (B, 1, V), None); with targets (B, T), of which those of -1 are
         left out, (None, mean cross entropy in nats per target), or the mean of another criterion, as loss() takes it.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         return None, self.loss(x, targets, criterion=criterion)
@@ -488,6 +523,12 @@ class GPT(nn.Module):
             for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
                 setattr(block, name, torch.compile(getattr(block, name), *args, **kwargs))
 
+    def turn_weights(self):
+        """For sampling on a CPU: matrices of more rows than columns column by column in memory, faster to multiply a token with."""
+        for weight in self.parameters():
+            if weight.dim() == 2 and weight.size(0) > weight.size(1):
+                weight.data = weight.data.t().contiguous().t()
+
     def count_parameters(self):
         return sum(weight.numel() for weight in self.parameters())
 
@@ -500,23 +541,35 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused, **kwargs)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, cached=True):
         """
-        idx (B, T) tokens -> (B, T + max_new_tokens). Temperature 0 takes the likeliest token, top_k draws from the k
-        likeliest; tokens from vocab_size on, which only pad the vocabulary, are never drawn.
+        Yields the max_new_tokens tokens (B, 1) that go on from idx (B, T), one after the other. Temperature 0 takes the
+        likeliest token, top_k draws from the k likeliest; tokens from vocab_size on, which only pad the vocabulary, are
+        never drawn. Keys and values are cached up to block_size tokens. Beyond, or with cached=False, the last block_size
+        tokens are computed anew for each, since the window moves, and with it everything in it.
         """
+        block_size, new = self.config.block_size, idx
+        cache = Cache(min(block_size, idx.size(1) + max_new_tokens))
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size]          # (B, V)
+            if cached and idx.size(1) <= block_size:
+                logits = self(new, cache=cache)[0]
+            else:
+                logits = self(idx[:, -block_size:])[0]
+            logits = logits[:, -1, :vocab_size]                                             # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
+                new = logits.argmax(-1, keepdim=True)
             else:
                 logits = logits.float() - logits.max(-1, keepdim=True).values       # none overflows, however cold
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-            idx = torch.cat((idx, token), dim=1)
-        return idx
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            idx = torch.cat((idx, new), dim=1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, **kwargs):
+        """idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() yields."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **kwargs)), dim=1)
 
 # -----------------------------------------------------------------------------
 # checkpoints

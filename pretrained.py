@@ -293,6 +293,13 @@ def tokenizer(meta):
     gpt2 = gpt2_encoding()
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
 
+def ends_of_text(meta):
+    """The tokens, if there are any, that say a text has ended; meta is as for tokenizer()."""
+    if meta['encoding'] == 'tokenizer.json':
+        end = read_json(need(meta['model'], 'config.json')).get('eos_token_id')
+        return end if isinstance(end, list) else [end]
+    return [50256] if meta['encoding'] == 'gpt2' else []
+
 def same_tokens(name, one, other_name, other):
     """ValueError unless both metas say that text became tokens in the same way."""
     def place(value):                           # a folder may be written in more than one way

@@ -1,5 +1,5 @@
 """
-Writes text with a model of train.py or retrofit.py, or with a pretrained one.
+Writes text with a model of train.py or retrofit.py, or with a pretrained one, token by token, until its text ends.
 
     python sample.py --init_from=out_python/best.pt --prompt="def main(" --max_new_tokens=300
     python sample.py --init_from=gpt2 --prompt="Once upon a time" --temperature=0       # always the likeliest token
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import configure, machine
-from pretrained import build, tokenizer
+from pretrained import build, ends_of_text, tokenizer
 
 @dataclass
 class Knobs:
@@ -31,6 +31,7 @@ if __name__ == '__main__':
     try:
         model, meta = build(knobs.init_from)
         encode, decode = tokenizer(meta)
+        ends = ends_of_text(meta)
     except ValueError as error:
         sys.exit(f'{error}; name another with --init_from=...')
     if not knobs.prompt:
@@ -41,16 +42,30 @@ if __name__ == '__main__':
         sys.exit('temperature must be 0 or more, and top_k 1 or more, or None')
     if knobs.num_samples < 1 or knobs.max_new_tokens < 1:
         sys.exit('num_samples and max_new_tokens must be 1 or more')
-
     if not 0 <= knobs.seed < 2**63:
         sys.exit(f'seed = {knobs.seed} must be 0 or more, and below 2^63')
 
     model.to(kind).eval()
+    if kind == 'cpu':
+        model.turn_weights()
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
     torch.manual_seed(knobs.seed)
-    idx = torch.tensor([encode(knobs.prompt)] * knobs.num_samples, device=kind)         # (num_samples, T)
-    with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
-        idx = model.generate(idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, meta.get('vocab_size'))
-    for tokens in idx.tolist():
+    prompt = encode(knobs.prompt)
+    if len(prompt) + knobs.max_new_tokens > model.config.block_size + 1:
+        print(f'the model sees {model.config.block_size} tokens: once the text is longer, each new token is computed from '
+              f'the last {model.config.block_size} alone, without the cache')
+    for _ in range(knobs.num_samples):
         print('-' * 80)
-        print(decode(tokens))
+        tokens, shown = list(prompt), ''
+        with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
+            for token in model.stream(torch.tensor([prompt], device=kind), knobs.max_new_tokens, knobs.temperature,
+                                      knobs.top_k, meta.get('vocab_size')):
+                if token.item() in ends:
+                    break
+                tokens.append(token.item())
+                text = decode(tokens)
+                # a character of several tokens may have begun, and a broken one may change those before it
+                if text.startswith(shown) and not text.endswith('\ufffd'):
+                    print(text[len(shown):], end='', flush=True)
+                    shown = text
+        print(decode(tokens)[len(shown):])

@@ -281,3 +281,32 @@ def test_generate_draws_from_the_top_and_never_from_the_padding():
         x = model.hidden(greedy[:, max(0, i - T):i])[:, -1]
         assert torch.equal(model.lm_head(x).argmax(-1), greedy[:, i])
     assert model.generate(prompt, 50, temperature=100.0, vocab_size=10)[:, 3:].max() < 10
+
+def test_turned_weights_are_the_same_weights():
+    model = build(amplify=4, n_inner=48, **LEAPFROG).eval()
+    want, weights = model(batch()[0])[0], {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.turn_weights()
+    assert torch.allclose(model(batch()[0])[0], want, rtol=1e-4, atol=1e-5)
+    turned = {name for name, weight in model.state_dict().items() if not weight.is_contiguous()}
+    assert {'lm_head.weight', 'transformer.wte.weight', 'transformer.h.0.attn.c_attn.weight'} <= turned
+    assert 'transformer.h.0.mlp.c_proj.weight' not in turned
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+LLAMA = dict(norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2, rope_theta=1e4, tied=False, bias=False)
+
+@pytest.mark.parametrize('family', [{}, LLAMA], ids=['gpt2', 'llama'])
+@pytest.mark.parametrize('scheme', [*FLOATS, LEAPFROG, SCHEMES[0], SCHEMES[2], dict(scheme='midpoint_sum'),
+                                    dict(scheme='midpoint_a', a=[0.75, -0.5, 1.0, -1.25])], ids=str)
+def test_cached_tokens_are_those_of_a_full_recomputation(scheme, family):
+    """Greedy and drawn, from a prompt of several tokens, to beyond block_size; and a token is computed once up to there."""
+    model, seen = build(amplify=4, **{**family, **scheme}).eval(), []
+    model.transformer.wte.register_forward_hook(lambda module, args, result: seen.append(args[0].size(1)))
+    prompt = batch()[0][:, :3]
+    for how in (dict(temperature=0), dict(temperature=1.0, top_k=20)):
+        texts = []
+        for cached in (True, False):
+            torch.manual_seed(3)
+            texts.append(model.generate(prompt, T + 4, cached=cached, **how))
+        assert torch.equal(*texts)
+    assert seen[:T + 4] == [3, *[1] * (T - 3), *[T] * 6]
+    assert len(texts[0].unique()) > 5                               # not one token forever

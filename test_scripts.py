@@ -1,5 +1,5 @@
 """
-What must be true of train.py, sample.py and the configs, as a user runs them:  python -m pytest test_scripts.py
+What must be true of train.py and the configs, as a user runs them:  python -m pytest test_scripts.py
 
 Small models in processes of their own, on a small data set made here: resuming, stopping, two processes, and one clear
 sentence, without a traceback, for everything a user can get wrong. About a minute and a half on two cores.
@@ -23,7 +23,6 @@ import torch
 import runtime
 from configurator import configure, machine
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from pretrained import tokenizer
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,
@@ -166,27 +165,6 @@ def test_float16_with_its_scaler(place):
     assert load_checkpoint(str(place / 'half' / 'last.pt'))['scaler']['scale'] > 0
 
 # -----------------------------------------------------------------------------
-# sample.py
-
-def test_sample_is_a_function_of_its_seed(place, whole):
-    flags = dict(init_from='whole/best.pt', prompt='abc', max_new_tokens=20, num_samples=2)
-    first = run(place, 'sample.py', seed=1, **flags)
-    assert first.count('\nabc') == 2
-    assert first == run(place, 'sample.py', seed=1, **flags) != run(place, 'sample.py', seed=2, **flags)
-
-def test_tokenizers():
-    encode, decode = tokenizer(dict(encoding='bytes'))
-    assert decode(encode('né')) == 'né'
-    encode, decode = tokenizer(dict(encoding='chars', chars='abc'))
-    assert encode('cab') == [2, 0, 1] and decode([2, 0, 1]) == 'cab'
-    vocabulary = os.path.join(ROOT, '..', 'shared', 'data', 'tiktoken')
-    if not os.path.exists(vocabulary):
-        pytest.skip("GPT-2's BPE files are not beside this checkout")
-    os.environ['TIKTOKEN_CACHE_DIR'] = vocabulary
-    encode, decode = tokenizer(dict(encoding='gpt2'))
-    assert encode('Hello world<|endoftext|>') == [15496, 995, 50256] and decode([15496, 995]) == 'Hello world'
-
-# -----------------------------------------------------------------------------
 # one clear sentence
 
 def complaint(place, script, **flags):
@@ -299,10 +277,6 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_checkpoint(path, dict(one, step=2))
     assert load_checkpoint(path) == one
-
-def test_sample_complains_in_a_sentence(place, whole):
-    assert 'there is no checkpoint none.pt' in complaint(place, 'sample.py', init_from='none.pt')
-    assert 'the prompt is empty' in complaint(place, 'sample.py', init_from='whole/best.pt', prompt='')
 
 # -----------------------------------------------------------------------------
 # configurator.py and config/
