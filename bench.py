@@ -4,17 +4,21 @@ tokens, that stores its activations, or checkpoints them (stored_layers=0: every
 
     python bench.py step            # time of forward and backward at equal batch, as ratios to stored standard
     python bench.py depth           # peak memory against the number of layers
+    python bench.py sample --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --block_size=1024 --dtype=float32
     python bench.py step --vocab_size=50304 --n_layer=24        # any of the knobs below
 
 The models take turns, and each ratio is between neighbours in time, because a shared machine changes its speed. On a
-CPU memory is that of a fresh process, above what it had just before the forward pass.
+CPU memory is that of a fresh process, above what it had just before the forward pass. `sample` writes text, with cached
+keys and values and without, beside transformers' generate() on the same weights where that package is installed.
 """
+import importlib.util
 import os
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -32,7 +36,8 @@ class Knobs:
     vocab_size: int = 256
     bias: bool = True
     layers: list | None = None      # depth: the numbers of layers, two or more; None: 2, 4, 8, 16
-    repeats: int = 15               # step: turns that count, after three that do not
+    repeats: int = 15               # step, sample: turns that count, after three that do not, or one
+    new_tokens: int = 512           # sample: after a prompt of one
     compile: bool = False
     device: str = 'auto'            # 'cuda', 'mps', 'cpu'
     dtype: str = 'bfloat16'         # 'float32', 'bfloat16', 'float16'
@@ -134,10 +139,57 @@ def depth():
         print(f'{name:26}' + ''.join(f'{x / 1e6:14.1f}' for x in peaks) + f'{slope / 1e6:10.2f}')
     print(f'of which the gradients of the weights of a layer: {gradients / 1e6:.2f}')
 
+def of_transformers(model):
+    """The same weights in transformers' GPT-2."""
+    import transformers
+    config = transformers.GPT2Config(vocab_size=knobs.vocab_size, n_positions=knobs.block_size, n_embd=knobs.n_embd,
+                                     n_layer=knobs.n_layer, n_head=knobs.n_head, eos_token_id=None, bos_token_id=None)
+    theirs = transformers.GPT2LMHeadModel(config).to(kind).eval()
+    theirs.load_state_dict({name: weight.t() if '.h.' in name and weight.dim() == 2 else weight      # Conv1D: (in, out)
+                            for name, weight in model.state_dict().items()})
+    return theirs
+
+def sample():
+    if knobs.new_tokens >= knobs.block_size or knobs.repeats < 1 or not knobs.bias:
+        sys.exit(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, repeats 1 or more, and bias '
+                 'True, as in GPT-2')
+    models = {scheme: build(scheme=scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
+    model = models['standard']
+    theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
+    if kind == 'cpu':                       # as sample.py does
+        for one in models.values():
+            one.turn_weights()
+    idx = torch.zeros(1, 1, dtype=torch.long, device=kind)
+    cases = {'standard, cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0),
+             'standard, not cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0, cached=False)}
+    for scheme in ('leapfrog', 'symplectic'):
+        cases[f'{scheme}, cached'] = partial(models[scheme].generate, idx, knobs.new_tokens, temperature=0)
+    if theirs:
+        cases['transformers, cached'] = lambda: theirs.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=knobs.new_tokens, do_sample=False, pad_token_id=0)
+    times, texts = {name: [] for name in cases}, {}
+    for turn in tqdm(range(1 + knobs.repeats), leave=False):
+        for name in list(cases)[::1 if turn % 2 else -1]:
+            if 'not' in name and turn != 1:         # it takes minutes
+                continue
+            start = time.perf_counter()
+            with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
+                texts[name] = cases[name]().tolist()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    reference = 'transformers, cached' if 'transformers, cached' in cases else 'standard, cached'
+    print(f'{"":26}{"seconds":>9}{"tokens/s":>10}{"ratio":>8}   to {reference}; lowest to highest of {knobs.repeats} turns, not cached: 1')
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, times[reference])]
+        print(f'{name:26}{statistics.median(values):9.2f}{knobs.new_tokens / statistics.median(values):10.1f}'
+              f'{statistics.median(ratios):8.3f}   {min(ratios):.3f} to {max(ratios):.3f}')
+    same = all(texts[name] == texts['standard, cached'] for name in texts if name.startswith(('standard', 'transformers')))
+    print('the tokens of standard, cached or not, and of transformers are ' + ('the same' if same else 'NOT the same'))
+
 if mode.removeprefix('peak:') in CASES:         # what depth calls
     print(peak(mode.removeprefix('peak:')))
-elif mode in ('step', 'depth'):
+elif mode in ('step', 'depth', 'sample'):
     print(reasons)
-    {'step': step, 'depth': depth}[mode]()
+    {'step': step, 'depth': depth, 'sample': sample}[mode]()
 else:
-    sys.exit(f"unknown mode '{mode}': write python bench.py step, or python bench.py depth")
+    sys.exit(f"unknown mode '{mode}': write python bench.py step, depth or sample")
