@@ -1,5 +1,5 @@
 """
-What train.py and retrofit.py share around their loops: processes, device and dtype, data, validation, the log.
+What train.py, retrofit.py and evaluate.py share around their loops: processes, device and dtype, data, validation, the log.
 
 The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
 """
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from configurator import machine
 
@@ -35,20 +36,20 @@ def fail(sentence):
 
 def start(knobs):
     """Joins the processes; device, autocast and gradient scaler, after a look at the knobs' ranges."""
+    knob = vars(knobs).get                  # not every script has all of these
     for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'eval_interval',
                  'eval_windows', 'log_interval', 'vocab_size', 'lr_decay_iters'):
-        value = getattr(knobs, name, None)
-        if value is not None and value < 1:
-            fail(f'{name} = {value} must be 1 or more')
+        if knob(name) is not None and knob(name) < 1:
+            fail(f'{name} = {knob(name)} must be 1 or more')
     for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
-        if not getattr(knobs, name) >= 0:   # nor nan
-            fail(f'{name} = {getattr(knobs, name)} must be 0 or more')
-    if knobs.seed >= 2**63:
+        if not knob(name, 0) >= 0:          # nor nan
+            fail(f'{name} = {knob(name)} must be 0 or more')
+    if knob('seed', 0) >= 2**63:
         fail(f'seed = {knobs.seed} must be below 2^63')
     for name in ('beta1', 'beta2'):
-        if not 0 <= getattr(knobs, name) < 1:
-            fail(f'{name} = {getattr(knobs, name)} must be 0 or more, and below 1')
-    if knobs.gradient_accumulation_steps % world:
+        if not 0 <= knob(name, 0) < 1:
+            fail(f'{name} = {knob(name)} must be 0 or more, and below 1')
+    if knob('gradient_accumulation_steps', world) % world:
         fail(f'gradient_accumulation_steps = {knobs.gradient_accumulation_steps} must be divisible by {world} processes')
 
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
@@ -163,13 +164,13 @@ def update(model, optimizer, data, knobs, here, step, lr, loss_of):
 # what is measured
 
 @torch.no_grad()
-def validation_loss(model, data, knobs, here):
+def validation_loss(model, data, knobs, here, bar=False):
     """Mean loss in nats per token over windows spread evenly over the data, each process taking its share."""
     model.eval()
     places = len(data) - knobs.block_size
     starts = np.linspace(0, places - 1, min(knobs.eval_windows, places)).astype(int)[rank::world]
     total = 0.0
-    for i in range(0, len(starts), knobs.batch_size):
+    for i in tqdm(range(0, len(starts), knobs.batch_size), 'validation', leave=False, disable=not (bar and main)):
         rows = starts[i:i + knobs.batch_size]
         with here.autocast:
             total += model(*windows(data, rows, knobs.block_size, here.device))[1].item() * len(rows)
