@@ -231,14 +231,14 @@ def steps_lacking():
 
 catch_signals()
 try:
-    if knobs.teacher_config and knobs.teacher.endswith('.pt') and steps_lacking() != 0:
+    if knobs.teacher_config and knobs.teacher.endswith('.pt') and (lacking := steps_lacking()) != 0:
         if world > 1:
             fail(f'{knobs.teacher} is not there, or not done: train it first, with torchrun train.py {knobs.teacher_config}')
         say(f'training {knobs.teacher} with {knobs.teacher_config}')
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
         training = subprocess.Popen([
             sys.executable, script, knobs.teacher_config, f'--out_dir={os.path.dirname(knobs.teacher)}',
-            f'--device={here.kind}', f'--init_from={"scratch" if steps_lacking() is None else "resume"}'])
+            f'--device={here.kind}', f'--init_from={"scratch" if lacking is None else "resume"}'])
         while training.poll() is None:
             if signals:                     # it saves what it has, and stops
                 training.terminate()
