@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from configurator import configure, machine
 from model import GPT, GPTConfig
+from pretrained import turn_weights
 
 @dataclass
 class Knobs:
@@ -158,7 +159,7 @@ def sample():
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
     if kind == 'cpu':                       # as sample.py does
         for one in models.values():
-            one.turn_weights()
+            turn_weights(one)
     idx = torch.zeros(1, 1, dtype=torch.long, device=kind)
     cases = {'standard, cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0),
              'standard, not cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0, cached=False)}

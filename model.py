@@ -88,10 +88,8 @@ class GPTConfig:
             raise ValueError(f"scheme '{self.scheme}' has no step size: leave h out")
         if self.a is not None and self.scheme != 'midpoint_a':
             raise ValueError(f"scheme '{self.scheme}' has a fixed a: leave a out, or use scheme 'midpoint_a'")
-        if self.h is None:
-            self.h = DEFAULT_H.get(self.scheme)
-        if self.a is None and self.scheme == 'midpoint_a':
-            self.a = 'random'
+        self.h = DEFAULT_H.get(self.scheme) if self.h is None else self.h
+        self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
         for name, value in (('h', self.h), ('a', self.a)):
             numbers = value if isinstance(value, list) else [value] * self.n_layer
             if len(numbers) != self.n_layer:
@@ -125,38 +123,36 @@ class GPTConfig:
 
 ONE = 2**32         # the number 1 in fixed point: a state spans -2^31 to 2^31 in steps of 2^-32
 
-def to_state(c, x, tape):
-    """c * x in the states' format, in memory of its own."""
-    x = x.detach().to(tape.dtype, copy=True)
-    return x.mul_(c * ONE).round_().long() if tape.exact else x.mul_(c)
+def to_state(c, x, dtype):
+    """c * x in the states' dtype, in memory of its own."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    return x.mul_(c * ONE).round_().long() if dtype == torch.int64 else x.mul_(c)
 
 def to_float(p, dtype):
-    if p.dtype != torch.int64:
-        return p.to(dtype, copy=True)
     wide = torch.promote_types(dtype, torch.float32)        # float16 ends at 65504, long before 2^32
-    return p.to(wide).mul_(1 / ONE).to(dtype)
+    return p.to(wide).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
 def combine(n, x, m, y):
     """n * x + m * y in the memory of x. It is passes over memory that cost, so 1 * x and 0 * y are left out."""
     x = x if n == 1 else x.mul_(n)
     return x if m == 0 else x.add_(y, alpha=m)
 
-def advance(p_prev, p, cf, n, m, k):
+def advance(p_prev, p, fx, n, m, k, c):
     """
     p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that the way back needs.
-    a = n / 2^k, b = m / 2^k, and cf is c * f(p) as to_state() makes it. Where a is a fraction, the sum s is divided by
-    2^k with a shift; the k bits of each element that fall off its end are kept.
+    a = n / 2^k and b = m / 2^k. Where a is a fraction, the sum s is divided by 2^k with a shift; the k bits of each
+    element that fall off its end are kept.
     """
     s = combine(n, p_prev, m, p)
     bits = pack(s, k) if k else None
-    return (s.bitwise_right_shift_(k) if k else s).add_(cf), bits
+    return (s.bitwise_right_shift_(k) if k else s).add_(to_state(c, fx, s.dtype)), bits
 
-def rebuild(p_next, p, cf, bits, n, m, k):
+def rebuild(p_next, p, fx, bits, n, m, k, c):
     """
     p_prev = (p_next - b * p - c * f(p)) / a, in the memory of p_next: advance() undone, last operation first.
     int64 computes modulo 2^64, where every odd n has an inverse: the division by n is a multiplication, and exact.
     """
-    s = p_next.sub_(cf)
+    s = p_next.sub_(to_state(c, fx, p.dtype))
     s = s.bitwise_left_shift_(k).bitwise_or_(unpack(bits, k, s.shape)) if k else s
     return combine(signed(pow(n, -1, 2**64)) if s.dtype == torch.int64 else 1 / n, combine(1, s, -m, p), 0, p)
 
@@ -193,13 +189,15 @@ def evaluate(f, p, autocast):
     with torch.enable_grad(), torch.autocast(**autocast):
         return p, f(p)
 
+SLICE = 8192        # tokens for which the graph of a layer exists at one time: as many whole sequences as they make
+
 class ReversibleStep(torch.autograd.Function):
     """
     One step: p_next = ReversibleStep.apply(p_prev, p, tape, f, (n, m, k, c), keep_graph, dropout, *weights of f).
 
-    The arguments p_prev and p, and the result, are float copies (B, T, C) that autograd strings together and nobody
-    saves. The states themselves are on the tape, which holds two of them at any time: forward moves the pair up by
-    one layer, backward moves it down again. With g for dL/dp, the adjoint of the recurrence is
+    The states are on the tape, which holds two of them at any time: forward moves the pair up by one layer, backward
+    moves it down again. The arguments p_prev and p, and the result, stand for them in autograd's eyes: (B, T, C) floats
+    whose values nobody reads. With g for dL/dp, the adjoint of the recurrence is
 
         g_prev += a * g_next
         g      += b * g_next + c * J^T g_next          J = df/dp: one vector-Jacobian product
@@ -207,6 +205,9 @@ class ReversibleStep(torch.autograd.Function):
     and each += is autograd's own: p is an argument of this step and of the next, and the embedding is both p_prev and
     p of the first. The weights are arguments so that their gradients leave layer by layer: DistributedDataParallel
     then sends them while the layers below are still at work, and a frozen embedding changes nothing.
+
+    A layer at work mostly needs memory for the graph of f. Sequences do not see each other in f, and g_next is known
+    beforehand, so the batch goes through in slices, with the graph of one at a time.
     """
 
     @staticmethod
@@ -221,13 +222,14 @@ class ReversibleStep(torch.autograd.Function):
         # Saving the weights copies nothing. It makes autograd refuse a backward pass after they have been changed.
         ctx.save_for_backward(*weights)
 
-        p, fx = evaluate(f, p, ctx.autocast)
-        ctx.graph = (p, fx) if keep_graph else None
-        n, m, k, c = coefficients
-        tape.largest = torch.maximum(tape.largest, abs(c) * fx.detach().abs().amax().to(tape.dtype))
-        p_next, ctx.bits = advance(tape.p_prev, tape.p, to_state(c, fx, tape), n, m, k)
-        tape.p_prev, tape.p, tape.depth = tape.p, p_next, tape.depth + 1
-        return to_float(p_next, p.dtype)
+        (n, m, k, c), ctx.slices = coefficients, []
+        for s_prev, s in zip(tape.p_prev.chunk(tape.slices), tape.p.chunk(tape.slices)):
+            x, fx = evaluate(f, to_float(s, p.dtype), ctx.autocast)
+            tape.extremes += [c * extreme for extreme in fx.detach().aminmax()]
+            _, bits = tape.advance(s_prev, s, fx.detach(), n, m, k, c)
+            ctx.slices.append(((x, fx) if keep_graph else None, bits))
+        tape.p_prev, tape.p, tape.depth = tape.p, tape.p_prev, tape.depth + 1
+        return p.new_zeros(()).expand_as(p)         # of the size of one number
 
     @staticmethod
     @once_differentiable
@@ -235,23 +237,23 @@ class ReversibleStep(torch.autograd.Function):
         tape, weights, (n, m, k, c) = ctx.tape, ctx.saved_tensors, ctx.coefficients
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
-        if ctx.graph:
-            p, fx = ctx.graph
-        else:
-            generator = rng(g_next.device)
-            if ctx.rng_state is not None:
-                now = generator.get_rng_state()
-                generator.set_rng_state(ctx.rng_state)
-            p, fx = evaluate(ctx.f, to_float(tape.p_prev, ctx.dtype), ctx.autocast)
-            if ctx.rng_state is not None:
-                generator.set_rng_state(now)
-        p_prev = rebuild(tape.p, tape.p_prev, to_state(c, fx, tape), ctx.bits, n, m, k)
-        tape.p_prev, tape.p, tape.depth = p_prev, tape.p_prev, ctx.depth
-        ctx.graph = ctx.bits = None         # the loss may outlive this pass, and would keep them
-        g_f, *g_weights = torch.autograd.grad(fx, (p, *weights), (c * g_next).to(fx.dtype))
-        a, b = n / 2**k, m / 2**k
-        g_prev, g = g_next if a == 1 else a * g_next, combine(1, g_f, b, g_next)
-        return g_prev, g, None, None, None, None, None, *g_weights
+        generator = rng(g_next.device)
+        if ctx.rng_state is not None:
+            now = generator.get_rng_state()
+            generator.set_rng_state(ctx.rng_state)
+        g, g_weights, a, b = torch.empty_like(g_next), None, n / 2**k, m / 2**k
+        for (graph, bits), s_next, s, g_s, g_s_next in zip(
+                ctx.slices, *(x.chunk(tape.slices) for x in (tape.p, tape.p_prev, g, g_next))):
+            x, fx = graph or evaluate(ctx.f, to_float(s, ctx.dtype), ctx.autocast)
+            tape.rebuild(s_next, s, fx.detach(), bits, n, m, k, c)
+            g_f, *new = torch.autograd.grad(fx, (x, *weights), (c * g_s_next).to(fx.dtype))
+            g_s.copy_(combine(1, g_f, b, g_s_next))
+            g_weights = [x + y for x, y in zip(g_weights, new)] if g_weights else new
+        if ctx.rng_state is not None:
+            generator.set_rng_state(now)
+        tape.p_prev, tape.p, tape.depth = tape.p, tape.p_prev, ctx.depth
+        ctx.slices = None                   # the loss may outlive this pass, and would keep them
+        return g_next if a == 1 else a * g_next, g, None, None, None, None, None, *g_weights
 
 # -----------------------------------------------------------------------------
 # the loss: the logits of 1024 tokens at GPT-2's vocabulary take 200 MB in float32, many times the states
@@ -411,6 +413,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
 
+    advance, rebuild = staticmethod(advance), staticmethod(rebuild)     # compile() puts fused kernels in their places
+
     def __init__(self, config):
         super().__init__()
         if config.a == 'random':                                # paper section 3: E[a] = 0, forward Euler on average
@@ -461,18 +465,19 @@ class GPT(nn.Module):
                 x = x + (f(x) if j >= first_stored or not grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        tape = SimpleNamespace(exact=config.exact, dtype=torch.promote_types(x.dtype, torch.float32), depth=0,
-                               largest=x.detach().abs().amax())
-        tape.p_prev, tape.p = to_state(1, x, tape), to_state(1, x, tape)
-        # rounded like every state, with gradients straight through; the paper leaves p_{-1} open: p_{-1} = p_0
-        p_prev = p = x + (to_float(tape.p, x.dtype) - x).detach()
+        dtype = torch.int64 if config.exact else torch.promote_types(x.dtype, torch.float32)
+        tape = SimpleNamespace(p_prev=to_state(1, x, dtype), p=to_state(1, x, dtype), depth=0, extremes=[*x.detach().aminmax()],
+                               slices=1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE),     # a cache is of all rows
+                               advance=self.advance, rebuild=self.rebuild)
+        p_prev = p = x                      # the paper leaves p_{-1} open: p_{-1} = p_0
         for f, weights, coefficients, j in self.steps(cache):
             weights = [w for w in weights if w.requires_grad]
             p_prev, p = p, ReversibleStep.apply(p_prev, p, tape, f, coefficients, grad and j >= first_stored,
                                                 config.dropout > 0 and self.training, *weights)
         # integers know neither inf nor NaN: an increment that was one, or is beyond 2^31, makes all of p NaN. A state
         # that finite increments carry beyond 2^31 (2^31 / n where a = n / 2^k) wraps around, and is not noticed
-        return p + torch.where(tape.largest < 2**31, 0.0, math.nan).to(p.dtype) if config.exact else p
+        last, largest = to_float(tape.p, x.dtype), torch.stack(tape.extremes).abs().max()
+        return p + (last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if config.exact else last)
 
     def hidden(self, idx, cache=None):
         """
@@ -517,17 +522,15 @@ class GPT(nn.Module):
         from pretrained import build
         return build(name_or_folder, **overrides)[0]
 
-    def compile(self, *args, **kwargs):
-        """torch.compile of every f. The recurrence stays as it is: f is where the work is, and where it repeats."""
+    def compile(self, **kwargs):
+        """
+        torch.compile of every f, and of the recurrence, a dozen small operations, into one kernel each way. Shapes are fixed:
+        a kernel for all shapes, compiled on the way, would take over from the one that a forward pass began with.
+        """
         for block in self.transformer.h:
             for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
-                setattr(block, name, torch.compile(getattr(block, name), *args, **kwargs))
-
-    def turn_weights(self):
-        """For sampling on a CPU: matrices of more rows than columns column by column in memory, faster to multiply a token with."""
-        for weight in self.parameters():
-            if weight.dim() == 2 and weight.size(0) > weight.size(1):
-                weight.data = weight.data.t().contiguous().t()
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))
+        self.advance, self.rebuild = (torch.compile(f, dynamic=False, **kwargs) for f in (advance, rebuild))
 
     def count_parameters(self):
         return sum(weight.numel() for weight in self.parameters())

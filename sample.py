@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import configure, machine
-from pretrained import build, ends_of_text, tokenizer
+from pretrained import build, ends_of_text, tokenizer, turn_weights
 
 @dataclass
 class Knobs:
@@ -47,7 +47,7 @@ if __name__ == '__main__':
 
     model.to(kind).eval()
     if kind == 'cpu':
-        model.turn_weights()
+        turn_weights(model)
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
     torch.manual_seed(knobs.seed)
     prompt = encode(knobs.prompt)

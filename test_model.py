@@ -14,7 +14,9 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
-from test_reversible import LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients
+from pretrained import turn_weights
+from test_reversible import (LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients,
+                             slices_of_one_sequence)
 
 @pytest.mark.parametrize('chunk', [1, 7, B * T, 1000])
 @pytest.mark.parametrize('frozen', [False, True])
@@ -212,9 +214,10 @@ def test_random_a_is_drawn_once_in_quarters():
 def test_states_may_overflow_and_are_rebuilt_all_the_same():
     """int64 wraps around, and dividing by n is a multiplication modulo 2^64: nothing that wraps is lost."""
     for n, m, k in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:
-        p_prev, p, cf = torch.randint(-2**63, 2**63 - 1, (3, 2, 3, 5))
-        p_next, bits = model_py.advance(p_prev.clone(), p, cf, n, m, k)
-        assert torch.equal(model_py.rebuild(p_next, p, cf, bits, n, m, k), p_prev)
+        p_prev, p = torch.randint(-2**63, 2**63 - 1, (2, 2, 3, 5))
+        fx = 1e9 * torch.randn(2, 3, 5)
+        p_next, bits = model_py.advance(p_prev.clone(), p, fx, n, m, k, 1)
+        assert torch.equal(model_py.rebuild(p_next, p, fx, bits, n, m, k, 1), p_prev)
 
 def test_accumulated_gradients_equal_those_of_a_large_batch():
     idx, targets = batch(rows=8)
@@ -285,7 +288,7 @@ def test_generate_draws_from_the_top_and_never_from_the_padding():
 def test_turned_weights_are_the_same_weights():
     model = build(amplify=4, n_inner=48, **LEAPFROG).eval()
     want, weights = model(batch()[0])[0], {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.turn_weights()
+    turn_weights(model)
     assert torch.allclose(model(batch()[0])[0], want, rtol=1e-4, atol=1e-5)
     turned = {name for name, weight in model.state_dict().items() if not weight.is_contiguous()}
     assert {'lm_head.weight', 'transformer.wte.weight', 'transformer.h.0.attn.c_attn.weight'} <= turned

@@ -31,6 +31,11 @@ LEAPFROG = SCHEMES[1]
 every_scheme = pytest.mark.parametrize(
     'scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
 
+@pytest.fixture(autouse=True)
+def slices_of_one_sequence(monkeypatch):
+    """Every layer goes through in two slices, in all of these tests."""
+    monkeypatch.setattr(model_py, 'SLICE', T)
+
 def build(module=model_py, amplify=1, **kwargs):
     """The same random weights at every call, with the blocks' matrices amplified to behave as trained ones do."""
     torch.manual_seed(0)
@@ -61,17 +66,19 @@ def error(got, want):
 
 def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, compiled=False):
     forward_states, rebuilt_states, results = [], [], []
-    advance, rebuild = module.advance, module.rebuild
+    step = module.ReversibleStep
+    forward, backward = step.forward, step.backward
 
-    def recording_advance(p_prev, *args):
-        forward_states.append(p_prev.clone())
-        return advance(p_prev, *args)
+    def recording_forward(ctx, p_prev, p, tape, *args):
+        forward_states.append(tape.p_prev.clone())
+        return forward(ctx, p_prev, p, tape, *args)
 
-    def recording_rebuild(*args):
-        rebuilt_states.append(rebuild(*args).clone())
-        return rebuilt_states[-1].clone()
+    def recording_backward(ctx, g_next):
+        tape, result = ctx.tape, backward(ctx, g_next)
+        rebuilt_states.append(tape.p_prev.clone())
+        return result
 
-    module.advance, module.rebuild = recording_advance, recording_rebuild
+    step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)
     try:
         for stored_layers in (L, 1, 0):
             model = build(module, amplify, dropout=dropout, stored_layers=stored_layers, **scheme)
@@ -83,7 +90,7 @@ def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, com
             while forward_states:
                 assert torch.equal(forward_states.pop(), rebuilt_states.pop(0)), 'a rebuilt state differs'
     finally:
-        module.advance, module.rebuild = advance, rebuild
+        step.forward, step.backward = staticmethod(forward), staticmethod(backward)
     for result in results[1:]:
         for name, grad in results[0].items():
             assert grad.isfinite().all() and torch.equal(grad, result[name]), f'the gradient of {name} differs'
@@ -99,6 +106,13 @@ def test_stored_and_rebuilt_gradients_are_the_same_bits(scheme, dtype, dropout, 
         check_exact(model_py, scheme, dtype, dropout, amplify)
     finally:
         torch.set_default_dtype(torch.float32)
+
+@every_scheme
+def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(scheme, monkeypatch):
+    sliced = gradients(build(amplify=8, **scheme))
+    monkeypatch.setattr(model_py, 'SLICE', B * T)
+    check_exact(model_py, scheme, torch.bfloat16, dropout=0.1, amplify=8)
+    assert 0 < error(gradients(build(amplify=8, **scheme)), sliced) < 1e-5
 
 # -----------------------------------------------------------------------------
 # 2. the right gradients: a recurrence written again, here, for ordinary autograd
@@ -210,7 +224,7 @@ def test_directional_derivative_by_finite_differences(scheme, stored_layers):
 
 FAULTS = {
     'a sign in the inverse': (
-        's = p_next.sub_(cf)', 's = p_next.add_(cf)', lambda m: check_exact(m, LEAPFROG)),
+        's = p_next.sub_(', 's = p_next.add_(', lambda m: check_exact(m, LEAPFROG)),
     'another dropout mask': (
         'generator.set_rng_state(ctx.rng_state)', 'pass', lambda m: check_exact(m, LEAPFROG, dropout=0.1)),
     'the remembered bits lost': (
@@ -218,10 +232,10 @@ FAULTS = {
     'f evaluated again outside autocast': (
         'ctx.dtype), ctx.autocast)', 'ctx.dtype), dict(ctx.autocast, enabled=False))',
         lambda m: check_exact(m, LEAPFROG, torch.bfloat16)),
-    'the embedding not rounded': (
-        'x + (to_float(tape.p, x.dtype) - x).detach()', 'x', lambda m: [check_exact(m, scheme) for scheme in SCHEMES]),
+    'the weight gradients of one slice lost': (
+        '[x + y for x, y in zip(g_weights, new)] if g_weights else new', 'new', lambda m: check_against_autograd(m, LEAPFROG)),
     'b dropped from the adjoint': (
-        'combine(1, g_f, b, g_next)', 'g_f', lambda m: check_against_autograd(m, LEAPFROG)),
+        'combine(1, g_f, b, g_s_next)', 'g_f', lambda m: check_against_autograd(m, LEAPFROG)),
     'a flipped in the adjoint': (
         'g_next if a == 1 else a * g_next', '-a * g_next', lambda m: check_against_autograd(m, LEAPFROG)),
     'dL/dx without g_{-1}': (
@@ -244,6 +258,7 @@ def test_planted_fault_is_noticed(fault, tmp_path):
     faulty = importlib.util.module_from_spec(spec)
     sys.modules['faulty'] = faulty                  # where dataclass looks for the module
     spec.loader.exec_module(faulty)
+    faulty.SLICE = T
     with pytest.raises(AssertionError):
         check(faulty)
 
@@ -293,8 +308,9 @@ def test_the_count_sees_what_ordinary_autograd_and_checkpointing_keep():
     assert 10 * state <= checkpointed[1] - checkpointed[0] < 10 * 2 * state
 
 PEAK = """
-import sys, torch
+import sys, torch, model
 from model import GPT, GPTConfig
+model.SLICE = int(sys.argv[2])
 model = GPT(GPTConfig(block_size=256, vocab_size=256, n_head=4, n_embd=128, **eval(sys.argv[1])))
 idx = torch.randint(256, (48, 256))
 def status(key):
@@ -305,14 +321,18 @@ model(idx, idx)[1].backward()
 print(status('VmHWM') - before)
 """
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak resident memory is read from Linux /proc')
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak resident memory is read from Linux /proc')
+
+def peak_of_a_fresh_process(slice_tokens=8192, **kwargs):
+    # glibc keeps freed blocks of less than this for reuse, which would hide how flat the curve is
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
+    return int(subprocess.run([sys.executable, '-c', PEAK, str(kwargs), str(slice_tokens)], check=True, env=environment,
+                              cwd=os.path.dirname(model_py.__file__), capture_output=True).stdout)
+
+@needs_proc
 def test_peak_memory_does_not_grow_with_depth():
     def slope(few, many, **kwargs):
-        # glibc keeps freed blocks of less than this for reuse, which would hide how flat the curve is
-        environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
-        peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(dict(kwargs, n_layer=n_layer))], check=True,
-                                    cwd=os.path.dirname(model_py.__file__), env=environment,
-                                    capture_output=True).stdout) for n_layer in (few, many)]
+        peaks = [peak_of_a_fresh_process(n_layer=n_layer, **kwargs) for n_layer in (few, many)]
         return (peaks[1] - peaks[0]) / (many - few)
 
     weight_gradients = 4 * sum(w.numel() for w in build(n_embd=128).transformer.h[0].parameters())
@@ -321,3 +341,8 @@ def test_peak_memory_does_not_grow_with_depth():
         limit = 1.2 * weight_gradients + k / 8 * elements
         assert any(slope(2, 12, **scheme) < limit for _ in range(3)), scheme    # Linux counts to a megabyte or two
     assert slope(2, 4, scheme='standard') > 20 * weight_gradients
+
+@needs_proc
+def test_slices_make_a_layer_at_work_smaller():
+    whole, sliced = (peak_of_a_fresh_process(tokens, n_layer=2, scheme='leapfrog') for tokens in (48 * 256, 4 * 256))
+    assert sliced < 0.65 * whole
