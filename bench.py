@@ -1,18 +1,30 @@
 """
 What reversibility costs and saves, against what one would use instead: a standard GPT with the same weights on the same
-tokens, that stores its activations, or checkpoints them (stored_layers=0: every block is evaluated again).
+tokens, that stores its activations, or checkpoints them (every block is evaluated again in the backward pass).
 
-    python bench.py step            # time of forward and backward at equal batch, as ratios to stored standard
-    python bench.py depth           # peak memory against the number of layers
+    python bench.py depth                       # memory against the number of layers, and what it consists of
+    python bench.py batch --budget_gb=24        # the largest batch under a budget of memory; several: --budget_gb=[24,40]
+    python bench.py batch --vary=length         # the longest context, at a batch of one
+    python bench.py throughput                  # tokens/s at equal batch; with --budget_gb at the largest of each
+    python bench.py drift                       # how wrong rebuilt states, and gradients from them, are: layer by layer
     python bench.py sample --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --block_size=1024 --dtype=float32
-    python bench.py step --vocab_size=50304 --n_layer=24        # any of the knobs below
+    torchrun --standalone --nproc_per_node=8 bench.py throughput ...    # batch and throughput: the batch of one GPU, all tokens/s
 
-The models take turns, and each ratio is between neighbours in time, because a shared machine changes its speed. On a
-CPU memory is that of a fresh process, above what it had just before the forward pass. `sample` writes text, with cached
-keys and values and without, beside transformers' generate() on the same weights where that package is installed.
+--json=FILE keeps the rows, each as soon as it is there. Models take turns, and a ratio is between neighbours in time,
+because a shared machine changes its speed. GB and MB are 10^9 and 10^6 bytes: on a GPU what torch allocates, of which a
+budget is a hard limit; on a CPU (Linux) what is resident above what the process had before, and a run that went beyond
+the budget counts as one that does not fit. `sample` writes text with cached keys and values, and without, beside
+transformers' generate() on the same weights if that package is there.
 """
-import importlib.util
 import os
+os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')    # or gaps count as memory
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')                     # drift: what deterministic kernels need
+
+import ctypes
+import gc
+import importlib.util
+import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,176 +33,425 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import configure, machine
+import model as model_py
+from configurator import configure
 from model import GPT, GPTConfig
+from pretrained import build as load
 from pretrained import turn_weights
+from runtime import all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, say, start, world
 
 @dataclass
 class Knobs:
-    batch_size: int = 8
+    cases: str = ''                 # those to run, such as standard,checkpointed,leapfrog/half; '': all that the mode has
+    batch_size: int = 8             # sequences, on each GPU
     block_size: int = 256
     n_layer: int = 12
     n_head: int = 4
     n_embd: int = 256
     vocab_size: int = 256
     bias: bool = True
-    layers: list | None = None      # depth: the numbers of layers, two or more; None: 2, 4, 8, 16
-    repeats: int = 15               # step, sample: turns that count, after three that do not, or one
+    layers: list | None = None      # depth: the numbers of layers, two or more; None: 2, 7, 12
+    budget_gb: float | list | None = None       # batch, throughput: GB a process may use; batch needs it
+    vary: str = 'batch'             # batch: the 'batch', or the 'length' of its one sequence, in steps of 128 tokens
+    chunked_loss: bool = True       # False: all logits at once, by ordinary autograd
+    trained: str = ''               # drift: checkpoints, such as out/best.pt,out2/best.pt, as further weights
+    repeats: int = 7                # throughput, sample: turns that count, after one that does not
     new_tokens: int = 512           # sample: after a prompt of one
+    json: str | None = None         # a file for the rows
     compile: bool = False
-    device: str = 'auto'            # 'cuda', 'mps', 'cpu'
-    dtype: str = 'bfloat16'         # 'float32', 'bfloat16', 'float16'
+    device: str = 'auto'            # 'cuda', 'cpu'
+    dtype: str = 'bfloat16'         # 'float32', 'bfloat16', 'float16'; drift goes through all
 
-CASES = {
-    'standard, stored': dict(scheme='standard'),
-    'standard, checkpointed': dict(scheme='standard', stored_layers=0),
-    'midpoint': dict(scheme='midpoint'),
-    'midpoint, float states': dict(scheme='midpoint', exact=False),
-    'leapfrog': dict(scheme='leapfrog'),
-    'leapfrog, float states': dict(scheme='leapfrog', exact=False),
-    'symplectic': dict(scheme='symplectic'),
-    'symplectic, float states': dict(scheme='symplectic', exact=False),
-    'midpoint_a, a = 1/2': dict(scheme='midpoint_a', a=0.5),
-}
+# stored: the part of the layers whose graph is stored; 'dial': as many as fit into the memory of checkpointing
+CASES = {'standard': dict(scheme='standard', stored=1), 'standard/half': dict(scheme='standard', stored=0.5),
+         'checkpointed': dict(scheme='standard', stored=0)}
+for scheme in (dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a', a=0.5)):
+    for name, change in (('', dict(stored=0)), ('/half', dict(stored=0.5)), ('/all', dict(stored=1)),
+                         ('/dial', dict(stored='dial')), ('/float', dict(stored=0, exact=False))):
+        CASES[scheme['scheme'] + name] = {**scheme, **change}
 
 mode = sys.argv[1] if len(sys.argv) > 1 else ''
 knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
-if knobs.layers is not None and len(knobs.layers) < 2:
-    sys.exit(f'layers = {knobs.layers}: give two numbers or more, as in --layers=[2,12]')
-kind, dtype, reasons = machine(knobs.device, knobs.dtype)
-shape = {name: getattr(knobs, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias')}
+WITHOUT = dict(depth=('/dial', '/float'), batch=('/dial', '/float'), throughput=(), drift=None, sample=None, memory=())
+if mode not in WITHOUT:
+    sys.exit(f"unknown mode '{mode}': write python bench.py depth, batch, throughput, drift or sample")
+budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budget_gb] if knobs.budget_gb else []
+cases = [name for name in knobs.cases.split(',') if name] or [
+    name for name in CASES if WITHOUT[mode] is not None and not name.endswith(WITHOUT[mode] or 'none')]
+layers = knobs.layers or [2, 7, 12]
+if unknown := [name for name in cases if name not in CASES]:
+    sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
+if WITHOUT[mode] and (wrong := [name for name in cases if name.endswith('/dial')]):
+    sys.exit(f'{wrong[0]} is a case of throughput alone')
+if len(layers) < 2 or not all(type(n) is int and n > 0 for n in layers) or knobs.repeats < 1 or knobs.vary not in ('batch', 'length'):
+    sys.exit(f"layers = {layers} must be two whole numbers or more, as in --layers=[2,12], repeats = {knobs.repeats} 1 or more, "
+             f"and vary = '{knobs.vary}' 'batch' or 'length'")
+if mode == 'batch' and not budgets or not all(isinstance(gb, (int, float)) and gb > 0 for gb in budgets):
+    sys.exit('how much memory may be used? Give --budget_gb=24, or a list such as --budget_gb=[24,80]')
+if world > 1 and mode not in ('batch', 'throughput'):
+    sys.exit(f'{mode} measures one process: start it without torchrun')
+here = start(knobs)
+torch._dynamo.config.recompile_limit = 1000         # one graph for each shape that is tried
+if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
+    fail('memory is measured on an NVIDIA GPU, or on Linux')
 
-def build(**case):
+# -----------------------------------------------------------------------------
+# models, tokens, a step
+
+def build(name, weights=None, **change):
+    """The model of this case, its weights from this seed, or those of another model: shared, not copied."""
+    options = {**{key: getattr(knobs, key) for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias')},
+               **CASES[name], **change}
+    options['stored_layers'] = int(options.pop('stored') * options['n_layer'])
     torch.manual_seed(0)
     try:
-        model = GPT(GPTConfig(**{**shape, **case})).to(kind)
+        with torch.device('meta' if weights else here.device):
+            model = GPT(GPTConfig(**options))
     except ValueError as error:
-        sys.exit(str(error))
+        fail(str(error))
+    if weights:
+        model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
+    if not knobs.chunked_loss:
+        model.forward = lambda idx, targets: (None, F.cross_entropy(
+            model.lm_head(model.hidden(idx)).flatten(0, 1), targets.flatten()))
     if knobs.compile:
         model.compile()
     return model
 
-def forward_backward(model):
-    """Of one batch of random tokens: the loss does not matter here, the work is the same."""
-    torch.manual_seed(1)
-    idx = torch.randint(knobs.vocab_size, (knobs.batch_size, knobs.block_size), device=kind)
-    with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
-        loss = model(idx, idx)[1]
-    loss.backward()
+def tokens(B, T):
+    """(B, T) inputs and targets: the bytes of model.py, from other places in other processes."""
+    with open(model_py.__file__, 'rb') as file:
+        text = torch.tensor(list(file.read())) % knobs.vocab_size
+    x = torch.stack([text.roll(-997 * (rank * B + i)).repeat(T // len(text) + 2)[:T + 1] for i in range(B)]).to(here.device)
+    return x[:, :-1].contiguous(), x[:, 1:].contiguous()
 
-def seconds(model):
-    model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    forward_backward(model)
-    if kind == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def parallel(model, group=None):
+    return model if world == 1 else DistributedDataParallel(
+        model, [local_rank] if here.kind == 'cuda' else None, process_group=group, gradient_as_bucket_view=True)
 
-def step():
-    models = {name: build(**case) for name, case in CASES.items()}
-    times = {name: [] for name in models}
-    for turn in tqdm(range(3 + knobs.repeats), leave=False):
-        for name in list(models)[::1 if turn % 2 else -1]:
-            times[name].append(seconds(models[name]))
-    times = {name: values[3:] for name, values in times.items()}
-    print(f'{"":26}{"seconds":>9}{"ratio":>8}   lowest to highest ratio of {knobs.repeats} turns')
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, times['standard, stored'])]
-        print(f'{name:26}{statistics.median(values):9.3f}{statistics.median(ratios):8.3f}   '
-              f'{min(ratios):.3f} to {max(ratios):.3f}')
-    for scheme in ('midpoint', 'leapfrog', 'symplectic'):
-        ratio = statistics.median(a / b for a, b in zip(times[scheme], times[f'{scheme}, float states']))
-        print(f'{scheme}: exact takes {ratio:.3f} of the time of float states')
+def train(model, optimizer, x, y, steps):
+    """Seconds that these steps take."""
+    synchronize = torch.cuda.synchronize if here.kind == 'cuda' else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        with here.autocast:
+            loss = model(x, y)[1]
+        here.scaler.scale(loss).backward()
+        here.scaler.step(optimizer)
+        here.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    synchronize()
+    return time.perf_counter() - began
+
+def adamw(model):
+    return model.optimizer(weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
+
+# -----------------------------------------------------------------------------
+# memory, in bytes
 
 def status(key):
-    """Bytes, from Linux's account of this process."""
+    """Of Linux's account of this process."""
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 
-def peak(name):
-    """Bytes that one forward and backward pass of this case needs above the weights, measured in this process."""
-    model = build(**CASES[name])
-    if kind == 'cuda':
-        forward_backward(model)             # the first one also allocates the libraries' work spaces
-        model.zero_grad(set_to_none=True)
-        before = torch.cuda.memory_allocated()
+def used():
+    return torch.cuda.memory_allocated() if here.kind == 'cuda' else status('VmRSS')
+
+def clear():
+    """Gives back what is free, and forgets the peak."""
+    gc.collect()
+    if here.kind == 'cuda':
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        forward_backward(model)
-        return torch.cuda.max_memory_allocated() - before
-    before = status('VmRSS')
-    forward_backward(model)
-    return status('VmHWM') - before
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')
+
+def peak():
+    return torch.cuda.max_memory_allocated() if here.kind == 'cuda' else status('VmHWM')
+
+def limit(gigabytes):
+    """From now on torch refuses to allocate more on the GPU."""
+    if here.kind == 'cuda':
+        total = torch.cuda.get_device_properties(here.device).total_memory
+        if gigabytes * 1e9 > total:
+            fail(f'budget_gb = {gigabytes}: this GPU has {total / 1e9:.1f}')
+        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+
+def needs(name, B, T, steps, **change):
+    """The peak, in bytes, of so many steps of the optimizer, the highest of all processes: inf if one runs out of memory."""
+    x, y = tokens(B, T)
+    clear()
+    before = used()
+    try:
+        model = build(name, block_size=T, **change)
+        optimizer, model = adamw(model), parallel(model, alone)
+        train(model, optimizer, x, y, steps)
+        highest = peak() - before
+    except torch.OutOfMemoryError:
+        highest = math.inf
+    model = optimizer = None
+    clear()
+    return max(all_reduce(*[highest if r == rank else 0 for r in range(world)]))
+
+def largest(memory_of, limit, top=10**9):
+    """The largest n up to top for which memory_of(n), which grows with n, is within the limit."""
+    fits, fails, points, guess, tries = 0, top + 1, [], 1, 0
+    with tqdm(leave=False, disable=not main) as bar:
+        while fails - fits > 1:
+            bar.set_description(f'{fits} fits, trying {guess}')
+            memory, tries = memory_of(guess), tries + 1
+            bar.update()
+            fits, fails = (guess, fails) if memory <= limit else (fits, guess)
+            if memory < math.inf:
+                points = [*points, (guess, memory)][-2:]
+            slope = (points[1][1] - points[0][1]) / (points[1][0] - points[0][0]) if len(points) == 2 else 0
+            guess = points[1][0] + int((limit - points[1][1]) // slope) if slope > 0 else 2 * fits
+            if tries > 8 and fails <= top:              # where memory is noisy, predictions may come nearer by one at a time
+                guess = (fits + fails) // 2
+            guess = max(fits + 1, min(guess, fails - 1, 8 * max(fits, 1)))
+    return fits
+
+# -----------------------------------------------------------------------------
+# the modes
+
+def memory():
+    """What depth calls in a process of its own: bytes that one case takes, and of the second layer what it should take."""
+    start_bytes, x, y = used(), *tokens(knobs.batch_size, knobs.block_size)
+    model = build(cases[0])
+    found = dict(weights=used() - start_bytes)
+    for turn in range(2):               # the second time the gradients and the state of the optimizer are there
+        before = used()
+        clear()
+        with here.autocast:
+            loss = model(x, y)[1]
+        here.scaler.scale(loss).backward()
+        loss = None
+        found |= dict(activations=peak() - before) if turn else dict(gradients=used() - before)
+        if not turn:
+            optimizer, before = adamw(model), used()
+            here.scaler.step(optimizer)
+            found['optimizer'] = used() - before
+    config, kept, stored = model.config, {}, 0
+    state = torch.randn(knobs.batch_size, knobs.block_size, config.n_embd, device=here.device)
+
+    def keep(saved):
+        kept[saved.untyped_storage().data_ptr()] = saved            # the tensor too, or its place may be given away
+        return saved
+
+    for f, weights, coefficients, j in model.steps(None):
+        if j == 1:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), here.autocast:
+                kept.clear()
+                fx = f(state.clone().requires_grad_())
+            own = {weight.untyped_storage().data_ptr() for weight in weights}
+            stored += sum(saved.untyped_storage().nbytes() for place, saved in kept.items() if place not in own)
+            always = state.nbytes if config.scheme == 'standard' else state.numel() * coefficients[2] / 8
+    bytes_of_weights = sum(weight.nbytes for weight in model.transformer.h[1].parameters())
+    part = CASES[cases[0]]['stored']
+    print(json.dumps(dict(found=found, predicted=dict(
+        weights=bytes_of_weights, gradients=bytes_of_weights, optimizer=2 * bytes_of_weights,
+        activations=part * stored + (1 - part if config.scheme == 'standard' else 1) * always))))
 
 def depth():
-    layers = knobs.layers or [2, 4, 8, 16]
-    print(f'{"MB above the weights":26}' + ''.join(f'{n:>7} layers' for n in layers) + f'{"a layer":>10}')
-    gradients = 4 * sum(w.numel() for w in build(n_layer=1, scheme='standard').transformer.h[0].parameters())
-    for name in (name for name in CASES if 'float' not in name):
-        peaks = []
-        for n in tqdm(layers, leave=False):
+    stored_standard = None
+    for name in cases:
+        results = []
+        for n in tqdm(layers, name, leave=False):
             # glibc keeps freed blocks smaller than this for reuse, which would look like use
             environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
-            flags = [arg for arg in sys.argv[2:] if not arg.startswith('--layers')] + [f'--n_layer={n}']
-            output = subprocess.run([sys.executable, __file__, f'peak:{name}', *flags], env=environment, check=True,
-                                    capture_output=True, text=True).stdout
-            peaks.append(int(output.split()[-1]))
-        slope = (peaks[-1] - peaks[0]) / (layers[-1] - layers[0])
-        print(f'{name:26}' + ''.join(f'{x / 1e6:14.1f}' for x in peaks) + f'{slope / 1e6:10.2f}')
-    print(f'of which the gradients of the weights of a layer: {gradients / 1e6:.2f}')
+            flags = [arg for arg in sys.argv[2:] if not arg.startswith(('--layers', '--cases', '--json'))]
+            child = subprocess.run([sys.executable, __file__, 'memory', *flags, f'--cases={name}', f'--n_layer={n}'],
+                                   env=environment, stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                fail(f'{name} with {n} layers did not get through: what it says stands above')
+            results.append(json.loads(child.stdout.splitlines()[-1]))
+        mean = statistics.mean(layers)
+        slopes = {key: sum((n - mean) * result['found'][key] for n, result in zip(layers, results))
+                  / sum((n - mean)**2 for n in layers) / 1e6 for key in results[0]['found']}
+        stored_standard = slopes['activations'] if name == 'standard' else stored_standard
+        predicted = {key: value / 1e6 for key, value in results[-1]['predicted'].items()}
+        row(name, layers=layers, found=[result['found'] for result in results],
+            **{f'{key} MB': slopes[key] for key in ('weights', 'gradients', 'optimizer', 'activations')},
+            **{'predicted': predicted['activations']}, all_predicted=[predicted],
+            **{'of standard': slopes['activations'] / stored_standard if stored_standard else None},
+            **{f'{n} layers': result['found']['activations'] / 1e6 for n, result in zip(layers, results)})
+    say('MB a layer, the activations also for each number of layers, beside their prediction. Predicted of the others: '
+        f'weights and gradients {predicted["weights"]:.3f}, optimizer {predicted["optimizer"]:.3f}')
+
+def search(name, gigabytes):
+    """The largest batch that survives three steps under this budget, or in units of 128 tokens the longest sequence."""
+    limit(gigabytes)
+    budget = gigabytes * 1e9
+    needs(name, 1, knobs.block_size, 1)             # libraries allocate work spaces of their own the first time
+    return largest(lambda n: needs(name, n, knobs.block_size, 3) if knobs.vary == 'batch' else needs(name, 1, 128 * n, 3), budget)
+
+def batch():
+    for gigabytes in budgets:
+        reference = None
+        for name in cases:
+            n = search(name, gigabytes) * (1 if knobs.vary == 'batch' else 128)
+            reference = n if name == 'standard' else reference
+            row(name, **{'GB': gigabytes, knobs.vary: n or 'does not fit', 'to standard': n / reference if reference else None})
+
+def throughput():
+    for gigabytes in budgets or [None]:
+        sizes, models = {}, {}
+        for name in cases:
+            sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
+        weights = build('standard')
+        optimizer = adamw(weights)
+        for name in cases:
+            change = {}
+            if CASES[name]['stored'] == 'dial':
+                room = needs('checkpointed', sizes[name], knobs.block_size, 1)
+                stored = largest(lambda k: needs(name, sizes[name], knobs.block_size, 1, stored=k / knobs.n_layer), room,
+                                 knobs.n_layer)
+                change = dict(stored=stored / knobs.n_layer)
+            if sizes[name]:
+                models[name] = build(name, weights, **change)
+        times = {name: [] for name in models}
+        try:
+            for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
+                for name in list(models)[::1 if turn % 2 else -1]:
+                    clear()
+                    model, x_y = parallel(models[name]), tokens(sizes[name], knobs.block_size)
+                    train(model, optimizer, *x_y, 1)                # fills the allocator, and compiles
+                    seconds = train(model, optimizer, *x_y, 2) / 2
+                    model = None
+                    times[name] += [seconds] * (turn > 0)
+        except KeyboardInterrupt:
+            say('interrupted: these are the turns until then')
+        for name in cases:
+            speeds = [sizes[name] * knobs.block_size * world / seconds for seconds in times.get(name, [])]
+            standard = [sizes['standard'] * knobs.block_size * world / seconds for seconds in times.get('standard', [])]
+            ratios = [b / a for a, b in zip(speeds, standard)] or [None]
+            row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **{
+                'stored layers': models[name].config.stored_layers if name in models else None,
+                'tokens/s': statistics.median(speeds) if speeds else None, 'lowest': min(speeds, default=None),
+                'highest': max(speeds, default=None), 'time to standard': statistics.median(ratios) if ratios[0] else None},
+                all_seconds=times.get(name, []))
+        for name in times:
+            if name.endswith('/float') and times[name] and times.get(name[:-6]):
+                ratios = [a / b for a, b in zip(times[name[:-6]], times[name])]
+                say(f'{name[:-6]}: exact takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the time '
+                    'of float states')
+
+def gradients_and_states(model, x, y, dtype):
+    """Gradients layer by layer, the states from bottom to top, and the same ones as rebuilt (p_prev of each step)."""
+    step, forward_states, rebuilt = model_py.ReversibleStep, [], []
+    forward, backward = step.forward, step.backward
+
+    def recording_forward(ctx, p_prev, p, tape, *args):
+        forward_states.append(tape.p_prev.clone())
+        return forward(ctx, p_prev, p, tape, *args)
+
+    def recording_backward(ctx, g):
+        tape, result = ctx.tape, backward(ctx, g)
+        rebuilt.insert(0, tape.p_prev.clone())
+        return result
+
+    step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)
+    torch.manual_seed(0)                        # of dropout, in trained models
+    try:
+        with torch.autocast(here.kind, getattr(torch, dtype), enabled=dtype != 'float32'):
+            loss = model(x, y)[1]
+        loss.backward()
+    finally:
+        step.forward, step.backward = staticmethod(forward), staticmethod(backward)
+    return [torch.cat([weight.grad.flatten() for weight in block.parameters()]) for block in model.transformer.h], \
+        forward_states, rebuilt
+
+def errors(got, want):
+    """Relative, by the norm, layer by layer."""
+    return [float((a - b).double().norm() / b.double().norm()) for a, b in zip(got, want)]
+
+def drift():
+    torch.use_deterministic_algorithms(True)
+    trained = [path for path in knobs.trained.split(',') if path]
+    schemes = {name: case for name, case in CASES.items() if '/' not in name and case['scheme'] != 'standard'}
+    wanted = [(None, path) for path in trained] + [(name, weights) for name in schemes for weights in (1, 4, 8)]
+    for name, weights in tqdm(wanted, leave=False):
+        for dtype in ('float32', 'bfloat16', 'float16'):
+            for exact in (True, False):
+                results = []
+                for stored in (1, 1, 0):
+                    if name:
+                        model = build(name, stored=stored, exact=exact)
+                        with torch.no_grad():
+                            for weight in model.transformer.h.parameters():
+                                weight.mul_(weights if weight.dim() == 2 else 1)
+                    else:
+                        try:
+                            model = load(weights, exact=exact, stored_layers=0)[0].to(here.device)
+                        except ValueError as error:
+                            fail(str(error))
+                        model.config.stored_layers = stored * model.config.n_layer
+                        if knobs.compile:
+                            model.compile()
+                    T = min(knobs.block_size, model.config.block_size)
+                    results.append(gradients_and_states(model, *tokens(knobs.batch_size, T), dtype))
+                stored, again, rebuilt = results
+                states, grads = errors(rebuilt[2], rebuilt[1]), errors(rebuilt[0], stored[0])
+                row(name or model.config.scheme, weights=f'x{weights}' if name else 'trained', dtype=dtype,
+                    states='exact' if exact else 'float', control=max(errors(again[0], stored[0])),
+                    **{'embedding, rebuilt': states[0], 'worst state': max(states), 'worst gradient': max(grads)},
+                    state_errors=states, gradient_errors=grads, checkpoint=[weights] if not name else [])
 
 def of_transformers(model):
     """The same weights in transformers' GPT-2."""
     import transformers
     config = transformers.GPT2Config(vocab_size=knobs.vocab_size, n_positions=knobs.block_size, n_embd=knobs.n_embd,
                                      n_layer=knobs.n_layer, n_head=knobs.n_head, eos_token_id=None, bos_token_id=None)
-    theirs = transformers.GPT2LMHeadModel(config).to(kind).eval()
+    theirs = transformers.GPT2LMHeadModel(config).to(here.device).eval()
     theirs.load_state_dict({name: weight.t() if '.h.' in name and weight.dim() == 2 else weight      # Conv1D: (in, out)
                             for name, weight in model.state_dict().items()})
     return theirs
 
 def sample():
-    if knobs.new_tokens >= knobs.block_size or knobs.repeats < 1 or not knobs.bias:
-        sys.exit(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, repeats 1 or more, and bias '
-                 'True, as in GPT-2')
-    models = {scheme: build(scheme=scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
+    if knobs.new_tokens >= knobs.block_size or not knobs.bias:
+        fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, and bias True, as in GPT-2')
+    models = {scheme: build(scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
     model = models['standard']
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
-    if kind == 'cpu':                       # as sample.py does
+    if here.kind == 'cpu':                      # as sample.py does
         for one in models.values():
             turn_weights(one)
-    idx = torch.zeros(1, 1, dtype=torch.long, device=kind)
-    cases = {'standard, cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0),
-             'standard, not cached': lambda: model.generate(idx, knobs.new_tokens, temperature=0, cached=False)}
-    for scheme in ('leapfrog', 'symplectic'):
-        cases[f'{scheme}, cached'] = partial(models[scheme].generate, idx, knobs.new_tokens, temperature=0)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=here.device)
+    writers = {f'{scheme}, cached': partial(one.generate, idx, knobs.new_tokens, temperature=0) for scheme, one in models.items()}
+    writers['standard, not cached'] = partial(model.generate, idx, knobs.new_tokens, temperature=0, cached=False)
     if theirs:
-        cases['transformers, cached'] = lambda: theirs.generate(
+        writers['transformers'] = lambda: theirs.generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=knobs.new_tokens, do_sample=False, pad_token_id=0)
-    times, texts = {name: [] for name in cases}, {}
+    times, texts = {name: [] for name in writers}, {}
     for turn in tqdm(range(1 + knobs.repeats), leave=False):
-        for name in list(cases)[::1 if turn % 2 else -1]:
-            if 'not' in name and turn != 1:         # it takes minutes
+        for name in list(writers)[::1 if turn % 2 else -1]:
+            if 'not' in name and turn != 1:     # it takes minutes
                 continue
-            start = time.perf_counter()
-            with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
-                texts[name] = cases[name]().tolist()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    reference = 'transformers, cached' if 'transformers, cached' in cases else 'standard, cached'
-    print(f'{"":26}{"seconds":>9}{"tokens/s":>10}{"ratio":>8}   to {reference}; lowest to highest of {knobs.repeats} turns, not cached: 1')
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, times[reference])]
-        print(f'{name:26}{statistics.median(values):9.2f}{knobs.new_tokens / statistics.median(values):10.1f}'
-              f'{statistics.median(ratios):8.3f}   {min(ratios):.3f} to {max(ratios):.3f}')
+            began = time.perf_counter()
+            with here.autocast:
+                texts[name] = writers[name]().tolist()
+            times[name] += [time.perf_counter() - began] * (turn > 0)
+    reference = 'transformers' if theirs else 'standard, cached'
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times[reference])]
+        row(name, **{'seconds': statistics.median(seconds), 'tokens/s': knobs.new_tokens / statistics.median(seconds),
+                     f'time to {reference}': statistics.median(ratios), 'lowest': min(ratios), 'highest': max(ratios)},
+            all_seconds=seconds)
     same = all(texts[name] == texts['standard, cached'] for name in texts if name.startswith(('standard', 'transformers')))
-    print('the tokens of standard, cached or not, and of transformers are ' + ('the same' if same else 'NOT the same'))
+    say('the tokens of standard, cached or not, and of transformers are ' + ('the same' if same else 'NOT the same'))
 
-if mode.removeprefix('peak:') in CASES:         # what depth calls
-    print(peak(mode.removeprefix('peak:')))
-elif mode in ('step', 'depth', 'sample'):
-    print(reasons)
-    {'step': step, 'depth': depth, 'sample': sample}[mode]()
-else:
-    sys.exit(f"unknown mode '{mode}': write python bench.py step, depth or sample")
+row = open_table(knobs.json, provenance(here, knobs))
+alone = [dist.new_group([r]) for r in range(world)][rank] if world > 1 else None     # where running out of memory hangs nobody
+try:
+    dict(depth=depth, batch=batch, throughput=throughput, drift=drift, sample=sample, memory=memory)[mode]()
+except KeyboardInterrupt:
+    sys.exit('interrupted: the rows above are all there is')
+leave()

@@ -1,5 +1,5 @@
 """
-What train.py, retrofit.py and evaluate.py share around their loops: processes, device and dtype, data, validation, the log.
+What the scripts share around their loops: processes, device and dtype, data, the optimizer step, validation, the log, tables.
 
 The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
 """
@@ -8,9 +8,13 @@ import gc
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,3 +216,45 @@ def open_log(folder, columns, step):
             with open(path, 'a', newline='') as file:
                 csv.DictWriter(file, columns).writerow(values)
     return record
+
+# -----------------------------------------------------------------------------
+# what bench.py and stability.py find
+
+def provenance(here, knobs):
+    """What one must know to find the same again."""
+    def git(*words):
+        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=os.path.dirname(__file__) or '.').stdout.strip()
+
+    processor = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            processor = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), processor)
+    return dict(command=' '.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]), date=time.strftime('%Y-%m-%d'),
+                commit=git('rev-parse', '--short', 'HEAD') + ', changed' * bool(git('status', '--short', '-uno')),
+                hardware=torch.cuda.get_device_name() if here.kind == 'cuda' else f'{torch.get_num_threads()} threads, {processor}',
+                processes=world, torch=torch.__version__, python=platform.python_version(), knobs=asdict(knobs))
+
+def open_table(path, about):
+    """row(case, **values), which prints a row, and keeps about and all rows in this file (None: in none); lists are for it alone."""
+    rows = []
+    if path and main:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+
+    def text(value):
+        if not isinstance(value, float):
+            return '-' if value is None else str(value)
+        return f'{value:.1e}' if 0 < abs(value) < 1e-2 else f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+
+    def row(case, **values):
+        rows.append(dict(case=case, **values))
+        if not main:
+            return
+        if path:
+            with open(f'{path}.part', 'w') as file:
+                json.dump(dict(about, rows=rows), file, indent=1)
+            os.replace(f'{path}.part', path)
+        shown = {key: text(value) for key, value in values.items() if not isinstance(value, list)}
+        if len(rows) == 1 or rows[-2].keys() != rows[-1].keys():
+            tqdm.write(f'{"":24}' + ''.join(f'{key:>{max(11, len(key) + 2)}}' for key in shown))
+        tqdm.write(f'{case:24}' + ''.join(f'{value:>{max(11, len(key) + 2)}}' for key, value in shown.items()))
+    return row

@@ -1,0 +1,150 @@
+"""
+The figures in assets/, drawn from what is in results/ by one command:
+
+    pip install matplotlib && python figures.py
+
+results/NAME.json, written by bench.py or stability.py, becomes assets/NAME.png. results/loss/SCHEME_h_SEED.csv, the log.csv
+of runs of config/compare.py, become assets/loss.png.
+"""
+import csv
+import glob
+import json
+import os
+import statistics
+import sys
+import textwrap
+from collections import defaultdict
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit('figures.py needs matplotlib: pip install matplotlib')
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+plt.rcParams.update({'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
+                     'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
+COLORS = dict(standard='black', checkpointed='gray', midpoint='tab:blue', leapfrog='tab:green', symplectic='tab:orange',
+              midpoint_a='tab:purple')
+# largest batches of the paper's midpoint model, its table 3 (GPT-2 small, T = 1024), by gigabytes
+PAPER = {24: (6, 58), 40: (12, 119), 48: (15, 140), 80: (26, 257)}
+
+def color(case):
+    return COLORS[case.replace(',', '/').split('/')[0]]
+
+def style(case):
+    return dict(color=color(case), linestyle={'half': '--', 'all': ':', 'float': '-.'}.get(case.split('/')[-1], '-'))
+
+def depth(rows, axes):
+    for row in rows:
+        axes[0].plot(row['layers'], [found['activations'] / 1e6 for found in row['found']], label=row['case'], marker='.',
+                     **style(row['case']))
+    axes[0].set(xlabel='layers', ylabel='MB above weights, gradients and optimizer', title='memory of a step', ylim=0)
+    axes[0].legend(fontsize=7)
+    names = [row['case'] for row in rows]
+    axes[1].barh(names, [row['activations MB'] for row in rows], color=[color(name) for name in names], label='measured')
+    axes[1].plot([row['predicted'] for row in rows], names, 'r|', markersize=9, label='predicted')
+    axes[1].set(xlabel='MB a layer', title='slope')
+    axes[1].invert_yaxis()
+    axes[1].legend()
+
+def batch(rows, axes):
+    key = 'batch' if 'batch' in rows[0] else 'length'
+    budgets = sorted({row['GB'] for row in rows})
+    names = list(dict.fromkeys(row['case'] for row in rows))
+    for i, name in enumerate(names):
+        sizes = {row['GB']: row[key] for row in rows if row['case'] == name and not isinstance(row[key], str)}
+        axes.bar([budgets.index(gb) + 0.8 * i / len(names) for gb in sizes], sizes.values(), 0.75 / len(names), label=name,
+                 color=color(name), alpha={'half': 0.6, 'all': 0.3}.get(name.split('/')[-1], 1))
+    if set(budgets) <= set(PAPER) and key == 'batch':
+        for which, marker in ((0, '_'), (1, 'x')):
+            axes.plot(range(len(budgets)), [PAPER[gb][which] for gb in budgets], 'r' + marker,
+                      label=f"the paper's {('standard', 'midpoint')[which]}")
+    axes.set(yscale='log', ylabel=f'largest {key}' + ', tokens' * (key == 'length'), title='under a budget of memory')
+    axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g} GB' for gb in budgets])
+    axes.legend(fontsize=7, ncols=2)
+
+def throughput(rows, axes):
+    rows = [row for row in rows if row['tokens/s']]
+    names = [f"{row['case']}, {row['stored layers']} stored, batch {row['batch']}" for row in rows]
+    axes.barh(names, [row['tokens/s'] for row in rows], color=[color(row['case']) for row in rows], xerr=[
+        [row['tokens/s'] - row['lowest'] for row in rows], [row['highest'] - row['tokens/s'] for row in rows]])
+    axes.invert_yaxis()
+    axes.set(xlabel='tokens/s: median, lowest and highest turn')
+
+def drift(rows, axes):
+    for axis, (what, key) in zip(axes, (('state', 'state_errors'), ('gradient', 'gradient_errors'))):
+        for row in rows:
+            if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x1', 'x8', 'trained'):
+                errors = [max(error, 1e-12) for error in row[key]]
+                axis.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
+                          linestyle={'x1': ':', 'x8': '--', 'trained': '-'}[row['weights']], label=f"{row['case']}, {row['weights']}")
+        axis.set(xlabel='depth, 0: the embedding', ylabel=f'relative error of the {what}', yscale='log',
+                 title=f'{what}s, float states in bfloat16 (exact states: 0)')
+    axes[1].legend(fontsize=7, ncols=2)
+
+def stability(rows, axes):
+    for axis, row in zip(axes, [row for row in rows if 'z' in row]):
+        for direction, line in (('up', '-'), ('down', '--')):
+            if None not in row[direction]:
+                axis.plot(row['z'], row[direction], line, color=color(row['case']),
+                          label='forward' if direction == 'up' else 'backward')
+        axis.set(title=row['case'], xlabel={'leapfrog': 'h²λ', 'symplectic': 'λ₁λ₂'}.get(row['case'], 'hλ') + f", {row['z is']}",
+                 ylabel='growth a layer', ylim=(0, 4))
+        axis.legend(fontsize=7)
+    for axis, direction in zip(axes[6:], ('up', 'down')):
+        for row in rows:
+            if 'checkpoint' in row and row[direction]:
+                axis.plot([j / (len(row[direction]) - 1) for j in range(len(row[direction]))], row[direction],
+                          color=color(row['case']), label=f"{row['case']}, h = {row['h']}".replace(', h = None', ''))
+        axis.set(yscale='log', ylabel='a perturbation grows by', title='trained models, ' + (
+            'forward' if direction == 'up' else 'backward'), xlabel='from the embedding to the last state' if direction == 'up'
+                 else 'from the last states to the embedding')
+        axis.legend(fontsize=7)
+
+def loss(paths, axes):
+    curves, last = defaultdict(list), {}
+    for path in paths:
+        name = os.path.basename(path).removesuffix('.csv').rsplit('_', 1)[0]
+        with open(path, newline='') as file:
+            found = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']]
+        curves[name].append(found[1:])
+    for name, found in sorted(curves.items()):
+        last[name] = [run[-1][1] for run in found]
+        if len(found) > 1 and not name.startswith('mean_'):
+            steps = [step for step, _ in found[0]]
+            means = [statistics.mean(run[i][1] for run in found) for i in range(len(steps))]
+            axes[0].plot(steps, means, marker='.', color=color(name.split('_h')[0]), linestyle='-' if 'h1' not in name else '--',
+                         label=name.replace('_h', ', h = '))
+    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of the seeds')
+    axes[0].legend()
+    order = sorted(last, key=lambda name: statistics.mean(last[name]))
+    for name in order:
+        axes[1].plot(last[name], [name.replace('_h', ', h = ').replace('mean_', 'mean of two: ')] * len(last[name]), 'o', alpha=0.7,
+                     color=color(name.removeprefix('mean_').split('_h')[0]))
+    axes[1].invert_yaxis()
+    axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
+
+SIZES = dict(depth=(1, 2, 10, 4.5), batch=(1, 1, 8, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5), stability=(2, 4, 13, 6),
+             loss=(1, 2, 11, 4.5))
+
+def draw(kind, found, name, about):
+    lines, columns, width, height = SIZES[kind]
+    figure, axes = plt.subplots(lines, columns, figsize=(width, height))
+    globals()[kind](found, axes.flat if lines * columns > 1 else axes)
+    figure.suptitle('\n'.join(textwrap.wrap(about, int(16 * width))), fontsize=7)
+    os.makedirs('assets', exist_ok=True)
+    figure.savefig(f'assets/{name}.png', dpi=110, metadata={'Software': None})
+    plt.close(figure)
+    print(f'assets/{name}.png')
+
+for path in sorted(glob.glob('results/*.json')):
+    with open(path) as file:
+        result = json.load(file)
+    words = result['command'].split()
+    kind = 'stability' if words[1] == 'stability.py' else words[2]
+    if kind in SIZES and result['rows']:
+        draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'),
+             f"{result['command']} ({result['date']}, commit {result['commit']}, {result['hardware']}, torch {result['torch']})")
+if logs := sorted(glob.glob('results/loss/*.csv')):
+    draw('loss', logs, 'loss', 'python train.py config/compare.py: 12 layers, C = 64, 1.6M bytes of the Python standard library')
