@@ -77,17 +77,17 @@ for scheme in (dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='sy
 
 mode = sys.argv[1] if len(sys.argv) > 1 else ''
 knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
-WITHOUT = dict(depth=('/dial', '/float'), batch=('/dial', '/float'), throughput=(), drift=None, sample=None, memory=())
-if mode not in WITHOUT:
+if mode not in ('depth', 'batch', 'throughput', 'drift', 'sample', 'memory'):
     sys.exit(f"unknown mode '{mode}': write python bench.py depth, batch, throughput, drift or sample")
 budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budget_gb] if knobs.budget_gb else []
+left_out = ('/dial', '/float') if mode in ('depth', 'batch') else ('/dial',) if mode != 'throughput' or budgets else ()
 cases = [name for name in knobs.cases.split(',') if name] or [
-    name for name in CASES if WITHOUT[mode] is not None and not name.endswith(WITHOUT[mode] or 'none')]
+    name for name in CASES if not left_out or not name.endswith(left_out)]
 layers = knobs.layers or [2, 7, 12]
 if unknown := [name for name in cases if name not in CASES]:
     sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
-if WITHOUT[mode] and (wrong := [name for name in cases if name.endswith('/dial')]):
-    sys.exit(f'{wrong[0]} is a case of throughput alone')
+if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
+    sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone')
 if len(layers) < 2 or not all(type(n) is int and n > 0 for n in layers) or knobs.repeats < 1 or knobs.vary not in ('batch', 'length'):
     sys.exit(f"layers = {layers} must be two whole numbers or more, as in --layers=[2,12], repeats = {knobs.repeats} 1 or more, "
              f"and vary = '{knobs.vary}' 'batch' or 'length'")
@@ -222,8 +222,8 @@ def largest(memory_of, limit, top=10**9):
 # -----------------------------------------------------------------------------
 # the modes
 
-def memory():
-    """What depth calls in a process of its own: bytes that one case takes, and of the second layer what it should take."""
+def measure():
+    """Bytes that one case takes, and what its second layer should take."""
     start_bytes, x, y = used(), *tokens(knobs.batch_size, knobs.block_size)
     model = build(cases[0])
     found = dict(weights=used() - start_bytes)
@@ -256,9 +256,16 @@ def memory():
             always = state.nbytes if config.scheme == 'standard' else state.numel() * coefficients[2] / 8
     bytes_of_weights = sum(weight.nbytes for weight in model.transformer.h[1].parameters())
     part = CASES[cases[0]]['stored']
-    print(json.dumps(dict(found=found, predicted=dict(
+    return dict(found=found, predicted=dict(
         weights=bytes_of_weights, gradients=bytes_of_weights, optimizer=2 * bytes_of_weights,
-        activations=part * stored + (1 - part if config.scheme == 'standard' else 1) * always))))
+        activations=part * stored + (1 - part if config.scheme == 'standard' else 1) * always))
+
+def memory():
+    """What depth calls, in a process of its own."""
+    try:
+        print(json.dumps(measure()))
+    except torch.OutOfMemoryError:
+        print('null')
 
 def depth():
     stored_standard = None
@@ -273,6 +280,9 @@ def depth():
             if child.returncode:
                 fail(f'{name} with {n} layers did not get through: what it says stands above')
             results.append(json.loads(child.stdout.splitlines()[-1]))
+        if None in results:
+            row(name, layers=layers, activations=f'does not fit with {layers[results.index(None)]} layers')
+            continue
         mean = statistics.mean(layers)
         slopes = {key: sum((n - mean) * result['found'][key] for n, result in zip(layers, results))
                   / sum((n - mean)**2 for n in layers) / 1e6 for key in results[0]['found']}
@@ -302,21 +312,21 @@ def batch():
             row(name, **{'GB': gigabytes, knobs.vary: n or 'does not fit', 'to standard': n / reference if reference else None})
 
 def throughput():
+    if world > 1:
+        say(f'{world} processes: the batch is that of each, tokens/s are those of all')
     for gigabytes in budgets or [None]:
-        sizes, models = {}, {}
+        sizes, changes = {}, {name: {} for name in cases}
         for name in cases:
             sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
-        weights = build('standard')
-        optimizer = adamw(weights)
-        for name in cases:
-            change = {}
             if CASES[name]['stored'] == 'dial':
                 room = needs('checkpointed', sizes[name], knobs.block_size, 1)
-                stored = largest(lambda k: needs(name, sizes[name], knobs.block_size, 1, stored=k / knobs.n_layer), room,
-                                 knobs.n_layer)
-                change = dict(stored=stored / knobs.n_layer)
-            if sizes[name]:
-                models[name] = build(name, weights, **change)
+                changes[name] = dict(stored=largest(lambda k: needs(
+                    name, sizes[name], knobs.block_size, 1, stored=k / knobs.n_layer), room, knobs.n_layer) / knobs.n_layer)
+            if needs(name, max(sizes[name], 1), knobs.block_size, 1, **changes[name]) == math.inf:
+                sizes[name] = 0
+        weights = build('standard')
+        optimizer = adamw(weights)
+        models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
         times = {name: [] for name in models}
         try:
             for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
@@ -376,7 +386,7 @@ def errors(got, want):
 def drift():
     torch.use_deterministic_algorithms(True)
     trained = [path for path in knobs.trained.split(',') if path]
-    schemes = {name: case for name, case in CASES.items() if '/' not in name and case['scheme'] != 'standard'}
+    schemes = [name for name in cases if '/' not in name and CASES[name]['scheme'] != 'standard']
     wanted = [(None, path) for path in trained] + [(name, weights) for name in schemes for weights in (1, 4, 8)]
     for name, weights in tqdm(wanted, leave=False):
         for dtype in ('float32', 'bfloat16', 'float16'):

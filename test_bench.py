@@ -103,7 +103,7 @@ def test_an_interrupted_run_keeps_its_rows(place):
 @pytest.mark.parametrize('arguments, sentence', [
     ('', "unknown mode ''"), ('speed', "unknown mode 'speed'"), ('depth --cases=euler', "unknown case 'euler': choose among"),
     ('depth --layers=[3]', 'layers = [3] must be two'), ('batch', 'Give --budget_gb=24'), ('batch --budget_gb=-1', 'Give --budget_gb=24'),
-    ('batch --budget_gb=1 --cases=leapfrog/dial', 'leapfrog/dial is a case of throughput alone'),
+    ('batch --budget_gb=1 --cases=leapfrog/dial', 'leapfrog/dial is a case of throughput at equal batch alone'),
     ('batch --budget_gb=1 --vary=depth', "vary = 'depth'"), ('throughput --repeats=0', 'repeats = 0'),
     ('throughput --n_embd=30 --n_head=4', 'n_embd = 30 must be divisible'), ('drift --trained=none.pt', 'there is no checkpoint none.pt')])
 def test_bench_complains_in_a_sentence(place, arguments, sentence, monkeypatch):
