@@ -253,6 +253,7 @@ def measure():
                 fx = f(state.clone().requires_grad_())
             own = {weight.untyped_storage().data_ptr() for weight in weights}
             stored += sum(saved.untyped_storage().nbytes() for place, saved in kept.items() if place not in own)
+            stored += fx.nbytes if config.scheme != 'standard' else 0       # which rebuilds the state before
             always = state.nbytes if config.scheme == 'standard' else state.numel() * coefficients[2] / 8
     bytes_of_weights = sum(weight.nbytes for weight in model.transformer.h[1].parameters())
     part = CASES[cases[0]]['stored']
