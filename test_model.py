@@ -262,8 +262,8 @@ compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'
                               reason='torch.compile needs a C++ compiler on a CPU')
 
 @compiler
-@pytest.mark.parametrize('scheme', [LEAPFROG, SCHEMES[2]], ids=str)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('scheme, dtype', [(LEAPFROG, torch.float32), (SCHEMES[2], torch.bfloat16), (SCHEMES[4], torch.bfloat16)],
+                         ids=str)
 def test_compiled_blocks_are_exact_too(scheme, dtype):
     torch._dynamo.reset()
     check_exact(model_py, scheme, dtype, dropout=0.1, amplify=8, compiled=True)

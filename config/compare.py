@@ -20,6 +20,6 @@ min_lr = 2e-4
 max_iters = 800
 warmup_iters = 80
 beta2 = 0.99
-eval_interval = 800
+eval_interval = 200
 eval_windows = 1024
 log_interval = 100
