@@ -1,6 +1,7 @@
 """
 What reversibility costs and saves, against what one would use instead: a standard GPT with the same weights on the same
-tokens, that stores its activations, or checkpoints them (every block is evaluated again in the backward pass).
+tokens, that stores its activations, or checkpoints them (every block is evaluated again in the backward pass). Every scheme
+is there but midpoint_sum, which is for conversion alone.
 
     python bench.py depth                       # memory against the number of layers, and what it consists of
     python bench.py batch --budget_gb=24        # the largest batch under a budget of memory; several: --budget_gb=[24,40]
@@ -12,7 +13,7 @@ tokens, that stores its activations, or checkpoints them (every block is evaluat
 
 --json=FILE keeps the rows, each as soon as it is there. Models take turns, and a ratio is between neighbours in time,
 because a shared machine changes its speed. GB and MB are 10^9 and 10^6 bytes: on a GPU what torch allocates, of which a
-budget is a hard limit; on a CPU (Linux) what is resident above what the process had before, and a run that went beyond
+budget is a hard limit (CUDA itself takes some more); on a CPU (Linux) what is resident above what the process had before, and a run that went beyond
 the budget counts as one that does not fit. `sample` writes text with cached keys and values, and without, beside
 transformers' generate() on the same weights if that package is there.
 """
@@ -23,8 +24,10 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')                     
 import ctypes
 import gc
 import importlib.util
+import inspect
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,15 +91,15 @@ if unknown := [name for name in cases if name not in CASES]:
     sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
 if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
     sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone')
-if len(layers) < 2 or not all(type(n) is int and n > 0 for n in layers) or knobs.repeats < 1 or knobs.vary not in ('batch', 'length'):
-    sys.exit(f"layers = {layers} must be two whole numbers or more, as in --layers=[2,12], repeats = {knobs.repeats} 1 or more, "
-             f"and vary = '{knobs.vary}' 'batch' or 'length'")
+if not all(type(n) is int and n > 1 for n in layers) or len(set(layers)) < 2:
+    sys.exit(f'layers = {layers} must be different whole numbers, 2 or more, as in --layers=[2,12]')
+if knobs.repeats < 1 or knobs.vary not in (('batch', 'length') if mode == 'batch' else ('batch',)):
+    sys.exit(f"repeats = {knobs.repeats} must be 1 or more, and vary = '{knobs.vary}' 'batch' or, in the mode batch, 'length'")
 if mode == 'batch' and not budgets or not all(isinstance(gb, (int, float)) and gb > 0 for gb in budgets):
     sys.exit('how much memory may be used? Give --budget_gb=24, or a list such as --budget_gb=[24,80]')
 if world > 1 and mode not in ('batch', 'throughput'):
     sys.exit(f'{mode} measures one process: start it without torchrun')
 here = start(knobs)
-torch._dynamo.config.recompile_limit = 1000         # one graph for each shape that is tried
 if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
     fail('memory is measured on an NVIDIA GPU, or on Linux')
 
@@ -107,7 +110,8 @@ def build(name, weights=None, **change):
     """The model of this case, its weights from this seed, or those of another model: shared, not copied."""
     options = {**{key: getattr(knobs, key) for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias')},
                **CASES[name], **change}
-    options['stored_layers'] = int(options.pop('stored') * options['n_layer'])
+    part = options.pop('stored')
+    options.setdefault('stored_layers', int(part * options['n_layer']) if part != 'dial' else 0)
     torch.manual_seed(0)
     try:
         with torch.device('meta' if weights else here.device):
@@ -120,14 +124,17 @@ def build(name, weights=None, **change):
         model.forward = lambda idx, targets: (None, F.cross_entropy(
             model.lm_head(model.hidden(idx)).flatten(0, 1), targets.flatten()))
     if knobs.compile:
-        model.compile()
+        model.compile(**MANY_GRAPHS)
     return model
 
-def tokens(B, T):
+# there is a graph for each case and shape; that many must be asked for where torch lets one (2.13 does)
+MANY_GRAPHS = {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+
+def tokens(B, T, vocab_size=knobs.vocab_size):
     """(B, T) inputs and targets: the bytes of model.py, from other places in other processes."""
     with open(model_py.__file__, 'rb') as file:
-        text = torch.tensor(list(file.read())) % knobs.vocab_size
-    x = torch.stack([text.roll(-997 * (rank * B + i)).repeat(T // len(text) + 2)[:T + 1] for i in range(B)]).to(here.device)
+        text = torch.tensor(list(file.read())) % vocab_size
+    x = torch.stack([text[(997 * (rank * B + i) + torch.arange(T + 1)) % len(text)] for i in range(B)]).to(here.device)
     return x[:, :-1].contiguous(), x[:, 1:].contiguous()
 
 def parallel(model, group=None):
@@ -177,7 +184,7 @@ def clear():
 def peak():
     return torch.cuda.max_memory_allocated() if here.kind == 'cuda' else status('VmHWM')
 
-def limit(gigabytes):
+def cap(gigabytes):
     """From now on torch refuses to allocate more on the GPU."""
     if here.kind == 'cuda':
         total = torch.cuda.get_device_properties(here.device).total_memory
@@ -188,6 +195,7 @@ def limit(gigabytes):
 def needs(name, B, T, steps, **change):
     """The peak, in bytes, of so many steps of the optimizer, the highest of all processes: inf if one runs out of memory."""
     x, y = tokens(B, T)
+    torch._dynamo.reset()
     clear()
     before = used()
     try:
@@ -228,8 +236,8 @@ def measure():
     model = build(cases[0])
     found = dict(weights=used() - start_bytes)
     for turn in range(2):               # the second time the gradients and the state of the optimizer are there
-        before = used()
         clear()
+        before = used()
         with here.autocast:
             loss = model(x, y)[1]
         here.scaler.scale(loss).backward()
@@ -278,9 +286,9 @@ def depth():
             flags = [arg for arg in sys.argv[2:] if not arg.startswith(('--layers', '--cases', '--json'))]
             child = subprocess.run([sys.executable, __file__, 'memory', *flags, f'--cases={name}', f'--n_layer={n}'],
                                    env=environment, stdout=subprocess.PIPE, text=True)
-            if child.returncode:
+            if child.returncode not in (0, -signal.SIGKILL):            # which is how Linux says that memory has run out
                 fail(f'{name} with {n} layers did not get through: what it says stands above')
-            results.append(json.loads(child.stdout.splitlines()[-1]))
+            results.append(json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
         if None in results:
             row(name, layers=layers, activations=f'does not fit with {layers[results.index(None)]} layers')
             continue
@@ -294,12 +302,15 @@ def depth():
             **{'predicted': predicted['activations']}, all_predicted=[predicted],
             **{'of standard': slopes['activations'] / stored_standard if stored_standard else None},
             **{f'{n} layers': result['found']['activations'] / 1e6 for n, result in zip(layers, results)})
-    say('MB a layer, the activations also for each number of layers, beside their prediction. Predicted of the others: '
-        f'weights and gradients {predicted["weights"]:.3f}, optimizer {predicted["optimizer"]:.3f}')
+    say('MB a layer, the activations also for each number of layers, beside their prediction')
+
+# the paper's table 3, as it is quoted: the largest batches of GPT-2 small, T = 1024, by gigabytes
+PAPER = {gb: dict(standard=a, midpoint=b) for gb, a, b in ((24, 6, 58), (40, 12, 119), (48, 15, 140), (80, 26, 257))}
+GPT2_SMALL = (knobs.n_layer, knobs.n_embd, knobs.block_size, knobs.vary) == (12, 768, 1024, 'batch')
 
 def search(name, gigabytes):
     """The largest batch that survives three steps under this budget, or in units of 128 tokens the longest sequence."""
-    limit(gigabytes)
+    cap(gigabytes)
     budget = gigabytes * 1e9
     needs(name, 1, knobs.block_size, 1)             # libraries allocate work spaces of their own the first time
     return largest(lambda n: needs(name, n, knobs.block_size, 3) if knobs.vary == 'batch' else needs(name, 1, 128 * n, 3), budget)
@@ -310,53 +321,67 @@ def batch():
         for name in cases:
             n = search(name, gigabytes) * (1 if knobs.vary == 'batch' else 128)
             reference = n if name == 'standard' else reference
-            row(name, **{'GB': gigabytes, knobs.vary: n or 'does not fit', 'to standard': n / reference if reference else None})
+            paper = PAPER.get(gigabytes, {}).get(name) if GPT2_SMALL else None
+            row(name, **{'GB': gigabytes, knobs.vary: n or 'does not fit', 'to standard': n / reference if reference else None,
+                         "the paper's": paper})
 
 def throughput():
     if world > 1:
         say(f'{world} processes: the batch is that of each, tokens/s are those of all')
     for gigabytes in budgets or [None]:
-        sizes, changes = {}, {name: {} for name in cases}
-        for name in cases:
-            sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
-            if CASES[name]['stored'] == 'dial':
-                room = needs('checkpointed', sizes[name], knobs.block_size, 1)
-                changes[name] = dict(stored=largest(lambda k: needs(
-                    name, sizes[name], knobs.block_size, 1, stored=k / knobs.n_layer), room, knobs.n_layer) / knobs.n_layer)
-            if needs(name, max(sizes[name], 1), knobs.block_size, 1, **changes[name]) == math.inf:
-                sizes[name] = 0
-        weights = build('standard')
-        optimizer = adamw(weights)
-        models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
-        times = {name: [] for name in models}
-        try:
-            for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
-                for name in list(models)[::1 if turn % 2 else -1]:
-                    clear()
-                    model, x_y = parallel(models[name]), tokens(sizes[name], knobs.block_size)
-                    train(model, optimizer, *x_y, 1)                # fills the allocator, and compiles
-                    seconds = train(model, optimizer, *x_y, 2) / 2
-                    model = None
+        take_turns(gigabytes)
+
+def take_turns(gigabytes):
+    sizes, changes, T = {}, {name: {} for name in cases}, knobs.block_size
+    for name in cases:
+        sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
+        if CASES[name]['stored'] == 'dial':
+            room = needs('checkpointed', sizes[name], T, 2)
+            changes[name] = dict(stored_layers=largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer))
+        if needs(name, max(sizes[name], 1), T, 2, **changes[name]) == math.inf:
+            sizes[name] = 0
+    weights = build('standard')
+    optimizer = adamw(weights)
+    models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
+    times, interrupted = {name: [] for name in models}, False
+    try:
+        for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
+            for name in list(models)[::1 if turn % 2 else -1]:
+                clear()
+                seconds, model = math.inf, parallel(models[name])
+                try:
+                    train(model, optimizer, *tokens(sizes[name], T), 2)     # fills the allocator, and compiles
+                    seconds = train(model, optimizer, *tokens(sizes[name], T), 2) / 2
+                except torch.OutOfMemoryError:
+                    optimizer.zero_grad(set_to_none=True)
+                model = None
+                if max(all_reduce(seconds)) == math.inf:
+                    sizes[name] = 0
+                    del models[name], times[name]
+                else:
                     times[name] += [seconds] * (turn > 0)
-        except KeyboardInterrupt:
-            say('interrupted: these are the turns until then')
-        for name in cases:
-            speeds = [sizes[name] * knobs.block_size * world / seconds for seconds in times.get(name, [])]
-            standard = [sizes['standard'] * knobs.block_size * world / seconds for seconds in times.get('standard', [])]
-            ratios = [b / a for a, b in zip(speeds, standard)] or [None]
-            row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **{
-                'stored layers': models[name].config.stored_layers if name in models else None,
-                'tokens/s': statistics.median(speeds) if speeds else None, 'lowest': min(speeds, default=None),
-                'highest': max(speeds, default=None), 'time to standard': statistics.median(ratios) if ratios[0] else None},
-                all_seconds=times.get(name, []))
-        for name in times:
-            if name.endswith('/float') and times[name] and times.get(name[:-6]):
-                ratios = [a / b for a, b in zip(times[name[:-6]], times[name])]
-                say(f'{name[:-6]}: exact takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the time '
-                    'of float states')
+    except KeyboardInterrupt:
+        interrupted = True
+    for name in cases:
+        speeds = {each: [sizes[each] * T * world / seconds for seconds in times.get(each, [])]
+                  for each in (name, 'standard', 'checkpointed')}
+        ratios = {reference: [b / a for a, b in zip(speeds[name], speeds[reference])] for reference in ('standard', 'checkpointed')}
+        row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **{
+            'stored layers': models[name].config.stored_layers if name in models else None,
+            'tokens/s': statistics.median(speeds[name]) if speeds[name] else None,
+            'lowest': min(speeds[name], default=None), 'highest': max(speeds[name], default=None),
+            **{f'time to {reference}': statistics.median(found) if found else None for reference, found in ratios.items()}},
+            all_seconds=times.get(name, []))
+    for name in times if not gigabytes else ():
+        if name.endswith('/float') and times.get(name[:-6]):
+            ratios = [a / b for a, b in zip(times[name[:-6]], times[name])]
+            say(f'{name[:-6]}: exact takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the time of '
+                'float states')
+    if interrupted:
+        raise KeyboardInterrupt
 
 def gradients_and_states(model, x, y, dtype):
-    """Gradients layer by layer, the states from bottom to top, and the same ones as rebuilt (p_prev of each step)."""
+    """Gradients layer by layer, then of all else; the states from bottom to top; and the same as rebuilt (p_prev of each step)."""
     step, forward_states, rebuilt = model_py.ReversibleStep, [], []
     forward, backward = step.forward, step.backward
 
@@ -377,12 +402,17 @@ def gradients_and_states(model, x, y, dtype):
         loss.backward()
     finally:
         step.forward, step.backward = staticmethod(forward), staticmethod(backward)
-    return [torch.cat([weight.grad.flatten() for weight in block.parameters()]) for block in model.transformer.h], \
-        forward_states, rebuilt
+    blocks = [list(block.parameters()) for block in model.transformer.h]
+    inside = {weight for block in blocks for weight in block}
+    rest = [weight for weight in model.parameters() if weight not in inside]
+    return [torch.cat([weight.grad.flatten() for weight in group]) for group in (*blocks, rest)], forward_states, rebuilt
 
 def errors(got, want):
     """Relative, by the norm, layer by layer."""
     return [float((a - b).double().norm() / b.double().norm()) for a, b in zip(got, want)]
+
+def worst(found):
+    return float(torch.tensor(found).max())             # nan, if there is one
 
 def drift():
     torch.use_deterministic_algorithms(True)
@@ -404,17 +434,19 @@ def drift():
                             model = load(weights, exact=exact, stored_layers=0)[0].to(here.device)
                         except ValueError as error:
                             fail(str(error))
+                        if model.config.scheme == 'standard':
+                            fail(f'{weights} is a standard model, which rebuilds nothing: leave it out')
                         model.config.stored_layers = stored * model.config.n_layer
                         if knobs.compile:
-                            model.compile()
-                    T = min(knobs.block_size, model.config.block_size)
-                    results.append(gradients_and_states(model, *tokens(knobs.batch_size, T), dtype))
+                            model.compile(**MANY_GRAPHS)
+                    x, y = tokens(knobs.batch_size, min(knobs.block_size, model.config.block_size), model.config.vocab_size)
+                    results.append(gradients_and_states(model, x, y, dtype))
                 stored, again, rebuilt = results
                 states, grads = errors(rebuilt[2], rebuilt[1]), errors(rebuilt[0], stored[0])
                 row(name or model.config.scheme, weights=f'x{weights}' if name else 'trained', dtype=dtype,
-                    states='exact' if exact else 'float', control=max(errors(again[0], stored[0])),
-                    **{'embedding, rebuilt': states[0], 'worst state': max(states), 'worst gradient': max(grads)},
-                    state_errors=states, gradient_errors=grads, checkpoint=[weights] if not name else [])
+                    states='exact' if exact else 'float', control=worst(errors(again[0], stored[0])),
+                    **{'embedding, rebuilt': states[0], 'worst state': worst(states), 'worst gradient': worst(grads)},
+                    state_errors=states, gradient_errors=grads[:-1], checkpoint=[weights] if not name else [])
 
 def of_transformers(model):
     """The same weights in transformers' GPT-2."""
@@ -427,8 +459,8 @@ def of_transformers(model):
     return theirs
 
 def sample():
-    if knobs.new_tokens >= knobs.block_size or not knobs.bias:
-        fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, and bias True, as in GPT-2')
+    if knobs.new_tokens >= knobs.block_size or not knobs.bias or knobs.compile:
+        fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, bias True, as in GPT-2, and compile False')
     models = {scheme: build(scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
     model = models['standard']
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None

@@ -25,9 +25,7 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
                      'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
 COLORS = dict(standard='black', checkpointed='gray', midpoint='tab:blue', leapfrog='tab:green', symplectic='tab:orange',
-              midpoint_a='tab:purple')
-# largest batches of the paper's midpoint model, its table 3 (GPT-2 small, T = 1024), by gigabytes
-PAPER = {24: (6, 58), 40: (12, 119), 48: (15, 140), 80: (26, 257)}
+              midpoint_a='tab:purple', midpoint_sum='tab:red')
 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
@@ -36,6 +34,7 @@ def style(case):
     return dict(color=color(case), linestyle={'half': '--', 'all': ':', 'float': '-.'}.get(case.split('/')[-1], '-'))
 
 def depth(rows, axes):
+    rows = [row for row in rows if 'found' in row]          # the others did not fit
     for row in rows:
         axes[0].plot(row['layers'], [found['activations'] / 1e6 for found in row['found']], label=row['case'], marker='.',
                      **style(row['case']))
@@ -56,10 +55,10 @@ def batch(rows, axes):
         sizes = {row['GB']: row[key] for row in rows if row['case'] == name and not isinstance(row[key], str)}
         axes.bar([budgets.index(gb) + 0.8 * i / len(names) for gb in sizes], sizes.values(), 0.75 / len(names), label=name,
                  color=color(name), alpha={'half': 0.6, 'all': 0.3}.get(name.split('/')[-1], 1))
-    if set(budgets) <= set(PAPER) and key == 'batch':
-        for which, marker in ((0, '_'), (1, 'x')):
-            axes.plot(range(len(budgets)), [PAPER[gb][which] for gb in budgets], 'r' + marker,
-                      label=f"the paper's {('standard', 'midpoint')[which]}")
+        paper = {row['GB']: row["the paper's"] for row in rows if row['case'] == name and row["the paper's"]}
+        if paper:
+            axes.plot([budgets.index(gb) + 0.8 * i / len(names) for gb in paper], paper.values(), 'r_', markersize=12,
+                      label=f"the paper's {name}")
     axes.set(yscale='log', ylabel=f'largest {key}' + ', tokens' * (key == 'length'), title='under a budget of memory')
     axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g} GB' for gb in budgets])
     axes.legend(fontsize=7, ncols=2)

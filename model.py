@@ -189,7 +189,7 @@ def evaluate(f, p, autocast):
     with torch.enable_grad(), torch.autocast(**autocast):
         return p, f(p)
 
-SLICE = 8192        # tokens for which the graph of a layer exists at one time: as many whole sequences as they make
+SLICE = 8192        # tokens, about: the batch is cut into this many of them, in whole sequences, and f sees one slice at a time
 
 class ReversibleStep(torch.autograd.Function):
     """
@@ -225,9 +225,10 @@ class ReversibleStep(torch.autograd.Function):
         (n, m, k, c), ctx.slices = coefficients, []
         for s_prev, s in zip(tape.p_prev.chunk(tape.slices), tape.p.chunk(tape.slices)):
             x, fx = evaluate(f, to_float(s, p.dtype), ctx.autocast)
-            tape.extremes += [c * extreme for extreme in fx.detach().aminmax()]
+            tape.extremes += [c * extreme.float() for extreme in fx.detach().aminmax()] if s.dtype == torch.int64 else []
             _, bits = tape.advance(s_prev, s, fx.detach(), n, m, k, c)
             ctx.slices.append(((x, fx) if keep_graph else None, bits))
+            del x, fx                       # the graph, before there is the next one
         tape.p_prev, tape.p, tape.depth = tape.p, tape.p_prev, tape.depth + 1
         return p.new_zeros(()).expand_as(p)         # of the size of one number
 
@@ -243,12 +244,12 @@ class ReversibleStep(torch.autograd.Function):
             generator.set_rng_state(ctx.rng_state)
         g, g_weights, a, b = torch.empty_like(g_next), None, n / 2**k, m / 2**k
         for (graph, bits), s_next, s, g_s, g_s_next in zip(
-                ctx.slices, *(x.chunk(tape.slices) for x in (tape.p, tape.p_prev, g, g_next))):
+                ctx.slices, *(whole.chunk(tape.slices) for whole in (tape.p, tape.p_prev, g, g_next))):
             x, fx = graph or evaluate(ctx.f, to_float(s, ctx.dtype), ctx.autocast)
             tape.rebuild(s_next, s, fx.detach(), bits, n, m, k, c)
             g_f, *new = torch.autograd.grad(fx, (x, *weights), (c * g_s_next).to(fx.dtype))
             g_s.copy_(combine(1, g_f, b, g_s_next))
-            g_weights = [x + y for x, y in zip(g_weights, new)] if g_weights else new
+            g_weights = [one + other for one, other in zip(g_weights, new)] if g_weights else new
         if ctx.rng_state is not None:
             generator.set_rng_state(now)
         tape.p_prev, tape.p, tape.depth = tape.p, tape.p_prev, ctx.depth
@@ -466,7 +467,7 @@ class GPT(nn.Module):
             return x
 
         dtype = torch.int64 if config.exact else torch.promote_types(x.dtype, torch.float32)
-        tape = SimpleNamespace(p_prev=to_state(1, x, dtype), p=to_state(1, x, dtype), depth=0, extremes=[*x.detach().aminmax()],
+        tape = SimpleNamespace(p_prev=to_state(1, x, dtype), p=to_state(1, x, dtype), depth=0, extremes=[x.detach().float().abs().max()],
                                slices=1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE),     # a cache is of all rows
                                advance=self.advance, rebuild=self.rebuild)
         p_prev = p = x                      # the paper leaves p_{-1} open: p_{-1} = p_0
@@ -477,6 +478,7 @@ class GPT(nn.Module):
         # integers know neither inf nor NaN: an increment that was one, or is beyond 2^31, makes all of p NaN. A state
         # that finite increments carry beyond 2^31 (2^31 / n where a = n / 2^k) wraps around, and is not noticed
         last, largest = to_float(tape.p, x.dtype), torch.stack(tape.extremes).abs().max()
+        tape.extremes.clear()
         return p + (last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if config.exact else last)
 
     def hidden(self, idx, cache=None):
@@ -523,10 +525,8 @@ class GPT(nn.Module):
         return build(name_or_folder, **overrides)[0]
 
     def compile(self, **kwargs):
-        """
-        torch.compile of every f, and of the recurrence, a dozen small operations, into one kernel each way. Shapes are fixed:
-        a kernel for all shapes, compiled on the way, would take over from the one that a forward pass began with.
-        """
+        """torch.compile of every f, and of the recurrence, a dozen small operations, into one kernel each way."""
+        # with dynamic=None a kernel for all shapes, compiled on the way, may take over from the one that forward began with
         for block in self.transformer.h:
             for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
                 setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def open_log(folder, columns, step):
 def provenance(here, knobs):
     """What one must know to find the same again."""
     def git(*words):
-        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=os.path.dirname(__file__) or '.').stdout.strip()
+        return subprocess.run(['git', *words], capture_output=True, text=True,
+                              cwd=os.path.dirname(__file__) or '.').stdout.strip() if shutil.which('git') else ''
 
     processor = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
@@ -238,7 +240,11 @@ def open_table(path, about):
     """row(case, **values), which prints a row, and keeps about and all rows in this file (None: in none); lists are for it alone."""
     rows = []
     if path and main:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            open(path, 'a').close()
+        except OSError as error:
+            fail(f'{path} cannot be written ({error.strerror}): choose another --json')
 
     def text(value):
         if not isinstance(value, float):

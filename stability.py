@@ -28,7 +28,7 @@ class Knobs:
     sequences: int = 8              # of tokens, each with a perturbation of its own
     points: int = 141               # of z on its axis
     json: str | None = None         # a file for the results
-    device: str = 'auto'            # 'cuda', 'cpu'
+    device: str = 'cpu'             # or 'cuda'
 
 knobs = configure(Knobs, sys.argv[1:])
 if knobs.sequences < 1 or knobs.points < 2:

@@ -233,7 +233,7 @@ FAULTS = {
         'ctx.dtype), ctx.autocast)', 'ctx.dtype), dict(ctx.autocast, enabled=False))',
         lambda m: check_exact(m, LEAPFROG, torch.bfloat16)),
     'the weight gradients of one slice lost': (
-        '[x + y for x, y in zip(g_weights, new)] if g_weights else new', 'new', lambda m: check_against_autograd(m, LEAPFROG)),
+        '[one + other for one, other in zip(g_weights, new)] if g_weights else new', 'new', lambda m: check_against_autograd(m, LEAPFROG)),
     'b dropped from the adjoint': (
         'combine(1, g_f, b, g_s_next)', 'g_f', lambda m: check_against_autograd(m, LEAPFROG)),
     'a flipped in the adjoint': (
