@@ -9,13 +9,13 @@ is there but midpoint_sum, which is for conversion alone.
     python bench.py throughput                  # tokens/s at equal batch; with --budget_gb at the largest of each
     python bench.py drift                       # how wrong rebuilt states, and gradients from them, are: layer by layer
     python bench.py sample --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --block_size=1024 --dtype=float32
-    torchrun --standalone --nproc_per_node=8 bench.py throughput ...    # batch and throughput: the batch of one GPU, all tokens/s
+    torchrun --standalone --nproc_per_node=8 bench.py throughput ...            # or batch: the batch of each GPU
 
 --json=FILE keeps the rows, each as soon as it is there. Models take turns, and a ratio is between neighbours in time,
-because a shared machine changes its speed. GB and MB are 10^9 and 10^6 bytes: on a GPU what torch allocates, of which a
-budget is a hard limit (CUDA itself takes some more); on a CPU (Linux) what is resident above what the process had before, and a run that went beyond
-the budget counts as one that does not fit. `sample` writes text with cached keys and values, and without, beside
-transformers' generate() on the same weights if that package is there.
+because a shared machine changes its speed. GB and MB are 10^9 and 10^6 bytes. On a GPU they are what torch allocates, of
+which a budget is a hard limit (CUDA itself takes some more); on a CPU (Linux) what is resident above what the process had
+before, and a run that went beyond the budget counts as one that does not fit. `sample` writes text with cached keys and
+values, and without, beside transformers' generate() on the same weights if that package is there.
 """
 import os
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')    # or gaps count as memory
@@ -313,7 +313,7 @@ def search(name, gigabytes):
     cap(gigabytes)
     budget = gigabytes * 1e9
     needs(name, 1, knobs.block_size, 1)             # libraries allocate work spaces of their own the first time
-    return largest(lambda n: needs(name, n, knobs.block_size, 3) if knobs.vary == 'batch' else needs(name, 1, 128 * n, 3), budget)
+    return largest(lambda n: needs(name, *((n, knobs.block_size) if knobs.vary == 'batch' else (1, 128 * n)), 3), budget)
 
 def batch():
     for gigabytes in budgets:
@@ -337,7 +337,8 @@ def take_turns(gigabytes):
         sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
         if CASES[name]['stored'] == 'dial':
             room = needs('checkpointed', sizes[name], T, 2)
-            changes[name] = dict(stored_layers=largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer))
+            layers_stored = largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer)
+            changes[name] = dict(stored_layers=layers_stored)
         if needs(name, max(sizes[name], 1), T, 2, **changes[name]) == math.inf:
             sizes[name] = 0
     weights = build('standard')
@@ -365,23 +366,23 @@ def take_turns(gigabytes):
     for name in cases:
         speeds = {each: [sizes[each] * T * world / seconds for seconds in times.get(each, [])]
                   for each in (name, 'standard', 'checkpointed')}
-        ratios = {reference: [b / a for a, b in zip(speeds[name], speeds[reference])] for reference in ('standard', 'checkpointed')}
+        ratios = {other: [b / a for a, b in zip(speeds[name], speeds[other])] for other in ('standard', 'checkpointed')}
         row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **{
             'stored layers': models[name].config.stored_layers if name in models else None,
             'tokens/s': statistics.median(speeds[name]) if speeds[name] else None,
             'lowest': min(speeds[name], default=None), 'highest': max(speeds[name], default=None),
-            **{f'time to {reference}': statistics.median(found) if found else None for reference, found in ratios.items()}},
+            **{f'time to {other}': statistics.median(found) if found else None for other, found in ratios.items()}},
             all_seconds=times.get(name, []))
     for name in times if not gigabytes else ():
         if name.endswith('/float') and times.get(name[:-6]):
             ratios = [a / b for a, b in zip(times[name[:-6]], times[name])]
-            say(f'{name[:-6]}: exact takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the time of '
-                'float states')
+            say(f'{name[:-6]}: exact takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the '
+                'time of float states')
     if interrupted:
         raise KeyboardInterrupt
 
 def gradients_and_states(model, x, y, dtype):
-    """Gradients layer by layer, then of all else; the states from bottom to top; and the same as rebuilt (p_prev of each step)."""
+    """Gradients layer by layer, then of all else; p_prev of every step, from bottom to top; and the same as rebuilt."""
     step, forward_states, rebuilt = model_py.ReversibleStep, [], []
     forward, backward = step.forward, step.backward
 
@@ -460,7 +461,8 @@ def of_transformers(model):
 
 def sample():
     if knobs.new_tokens >= knobs.block_size or not knobs.bias or knobs.compile:
-        fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, bias True, as in GPT-2, and compile False')
+        fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, bias True, as in GPT-2, and '
+             'compile False')
     models = {scheme: build(scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
     model = models['standard']
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
@@ -468,7 +470,8 @@ def sample():
         for one in models.values():
             turn_weights(one)
     idx = torch.zeros(1, 1, dtype=torch.long, device=here.device)
-    writers = {f'{scheme}, cached': partial(one.generate, idx, knobs.new_tokens, temperature=0) for scheme, one in models.items()}
+    writers = {f'{scheme}, cached': partial(one.generate, idx, knobs.new_tokens, temperature=0)
+               for scheme, one in models.items()}
     writers['standard, not cached'] = partial(model.generate, idx, knobs.new_tokens, temperature=0, cached=False)
     if theirs:
         writers['transformers'] = lambda: theirs.generate(
