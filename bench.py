@@ -102,6 +102,8 @@ if world > 1 and mode not in ('batch', 'throughput'):
 here = start(knobs)
 if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
     fail('memory is measured on an NVIDIA GPU, or on Linux')
+if mode in ('batch', 'memory') and here.kind == 'cpu':
+    ctypes.CDLL(None).mallopt(-3, 65536)        # M_MMAP_THRESHOLD: what glibc keeps for reuse would look like use
 
 # -----------------------------------------------------------------------------
 # models, tokens, a step
@@ -281,11 +283,9 @@ def depth():
     for name in cases:
         results = []
         for n in tqdm(layers, name, leave=False):
-            # glibc keeps freed blocks smaller than this for reuse, which would look like use
-            environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
             flags = [arg for arg in sys.argv[2:] if not arg.startswith(('--layers', '--cases', '--json'))]
             child = subprocess.run([sys.executable, __file__, 'memory', *flags, f'--cases={name}', f'--n_layer={n}'],
-                                   env=environment, stdout=subprocess.PIPE, text=True)
+                                   stdout=subprocess.PIPE, text=True)
             if child.returncode not in (0, -signal.SIGKILL):            # which is how Linux says that memory has run out
                 fail(f'{name} with {n} layers did not get through: what it says stands above')
             results.append(json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
@@ -495,6 +495,7 @@ def sample():
     say('the tokens of standard, cached or not, and of transformers are ' + ('the same' if same else 'NOT the same'))
 
 row = open_table(knobs.json, provenance(here, knobs))
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell may have a job in the background ignore Ctrl-C
 alone = [dist.new_group([r]) for r in range(world)][rank] if world > 1 else None     # where running out of memory hangs nobody
 try:
     dict(depth=depth, batch=batch, throughput=throughput, drift=drift, sample=sample, memory=memory)[mode]()

@@ -41,11 +41,10 @@ def depth(rows, axes):
     axes[0].set(xlabel='layers', ylabel='MB above weights, gradients and optimizer', title='memory of a step', ylim=0)
     axes[0].legend(fontsize=7)
     names = [row['case'] for row in rows]
-    axes[1].barh(names, [row['activations MB'] for row in rows], color=[color(name) for name in names], label='measured')
-    axes[1].plot([row['predicted'] for row in rows], names, 'r|', markersize=9, label='predicted')
-    axes[1].set(xlabel='MB a layer', title='slope')
+    axes[1].barh(names, [row['activations MB'] for row in rows], color=[color(name) for name in names])
+    axes[1].plot([row['predicted'] for row in rows], names, 'r|', markersize=9)
+    axes[1].set(xlabel='MB a layer', title='slope: bars are measured, red is predicted')
     axes[1].invert_yaxis()
-    axes[1].legend()
 
 def batch(rows, axes):
     key = 'batch' if 'batch' in rows[0] else 'length'
@@ -102,25 +101,23 @@ def stability(rows, axes):
         axis.legend(fontsize=7)
 
 def loss(paths, axes):
-    curves, last = defaultdict(list), {}
+    curves = defaultdict(list)
     for path in paths:
-        name = os.path.basename(path).removesuffix('.csv').rsplit('_', 1)[0]
         with open(path, newline='') as file:
             found = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']]
-        curves[name].append(found[1:])
-    for name, found in sorted(curves.items()):
-        last[name] = [run[-1][1] for run in found]
-        if len(found) > 1 and not name.startswith('mean_'):
-            steps = [step for step, _ in found[0]]
-            means = [statistics.mean(run[i][1] for run in found) for i in range(len(steps))]
-            axes[0].plot(steps, means, marker='.', color=color(name.split('_h')[0]), linestyle='-' if 'h1' not in name else '--',
-                         label=name.replace('_h', ', h = '))
-    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of the seeds')
-    axes[0].legend()
-    order = sorted(last, key=lambda name: statistics.mean(last[name]))
+        curves[os.path.basename(path).removesuffix('.csv').rsplit('_', 1)[0]].append(found[1:])
+    order = sorted(curves, key=lambda name: statistics.mean(run[-1][1] for run in curves[name]))
+    seen = set()
     for name in order:
-        axes[1].plot(last[name], [name.replace('_h', ', h = ').replace('mean_', 'mean of two: ')] * len(last[name]), 'o', alpha=0.7,
-                     color=color(name.removeprefix('mean_').split('_h')[0]))
+        scheme = name.removeprefix('mean_').removeprefix('quarter_').split('_h')[0]
+        label = name.replace('_h', ', h = ').replace('mean_', 'mean of two: ').replace('quarter_', 'f / 4: ')
+        axes[1].plot([run[-1][1] for run in curves[name]], [label] * len(curves[name]), 'o', alpha=0.7, color=COLORS[scheme])
+        if len(curves[name]) > 1 and scheme not in seen and name.startswith(scheme):       # each scheme's best
+            seen.add(scheme)
+            points = [(steps[0][0], statistics.mean(loss for _, loss in steps)) for steps in zip(*curves[name])]
+            axes[0].plot(*zip(*points), marker='.', color=COLORS[scheme], label=label)
+    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds')
+    axes[0].legend()
     axes[1].invert_yaxis()
     axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
 
