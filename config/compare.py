@@ -1,7 +1,7 @@
 """
-The short comparison of schemes whose table is in the README: 12 layers, equal tokens, one seed a run.
+The short comparison of schemes whose table is in RESULTS.md: 12 layers, equal tokens, one seed a run.
 
-    python train.py config/compare.py --scheme=leapfrog --h=0.5 --seed=1 --out_dir=out_compare
+    python train.py config/compare.py --scheme=leapfrog --h=0.25 --seed=1 --out_dir=out_compare_leapfrog_h0.25
 
 2048 tokens a step, 1.6M in all; 0.6M parameters. All layers are stored, for speed: the gradients are the same bits.
 """
