@@ -46,7 +46,8 @@ from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build as load
 from pretrained import turn_weights
-from runtime import all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, say, start, world
+from runtime import (all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, recorded_states, say, start,
+                     world)
 
 @dataclass
 class Knobs:
@@ -334,13 +335,12 @@ def throughput():
 def take_turns(gigabytes):
     sizes, changes, T = {}, {name: {} for name in cases}, knobs.block_size
     for name in cases:
-        sizes[name] = search(name, gigabytes) if gigabytes else knobs.batch_size
-        if CASES[name]['stored'] == 'dial':
+        sizes[name] = search(name, gigabytes) if gigabytes else (
+            knobs.batch_size if needs(name, knobs.batch_size, T, 2) < math.inf else 0)
+        if CASES[name]['stored'] == 'dial' and sizes[name]:
             room = needs('checkpointed', sizes[name], T, 2)
             layers_stored = largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer)
             changes[name] = dict(stored_layers=layers_stored)
-        if needs(name, max(sizes[name], 1), T, 2, **changes[name]) == math.inf:
-            sizes[name] = 0
     weights = build('standard')
     optimizer = adamw(weights)
     models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
@@ -383,30 +383,15 @@ def take_turns(gigabytes):
 
 def gradients_and_states(model, x, y, dtype):
     """Gradients layer by layer, then of all else; p_prev of every step, from bottom to top; and the same as rebuilt."""
-    step, forward_states, rebuilt = model_py.ReversibleStep, [], []
-    forward, backward = step.forward, step.backward
-
-    def recording_forward(ctx, p_prev, p, tape, *args):
-        forward_states.append(tape.p_prev.clone())
-        return forward(ctx, p_prev, p, tape, *args)
-
-    def recording_backward(ctx, g):
-        tape, result = ctx.tape, backward(ctx, g)
-        rebuilt.insert(0, tape.p_prev.clone())
-        return result
-
-    step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)
     torch.manual_seed(0)                        # of dropout, in trained models
-    try:
+    with recorded_states(model_py.ReversibleStep) as (forward_states, rebuilt):
         with torch.autocast(here.kind, getattr(torch, dtype), enabled=dtype != 'float32'):
             loss = model(x, y)[1]
         loss.backward()
-    finally:
-        step.forward, step.backward = staticmethod(forward), staticmethod(backward)
     blocks = [list(block.parameters()) for block in model.transformer.h]
     inside = {weight for block in blocks for weight in block}
     rest = [weight for weight in model.parameters() if weight not in inside]
-    return [torch.cat([weight.grad.flatten() for weight in group]) for group in (*blocks, rest)], forward_states, rebuilt
+    return [torch.cat([weight.grad.flatten() for weight in group]) for group in (*blocks, rest)], forward_states, rebuilt[::-1]
 
 def errors(got, want):
     """Relative, by the norm, layer by layer."""

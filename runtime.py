@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -220,6 +220,26 @@ def open_log(folder, columns, step):
 
 # -----------------------------------------------------------------------------
 # what bench.py and stability.py find
+
+@contextmanager
+def recorded_states(step):
+    """(forward, rebuilt) for model.py's ReversibleStep: p_prev of each step as it goes up, and as it is rebuilt on the way down."""
+    forward, backward, up, down = step.forward, step.backward, [], []
+
+    def recording_forward(ctx, p_prev, p, tape, *args):
+        up.append(tape.p_prev.clone())
+        return forward(ctx, p_prev, p, tape, *args)
+
+    def recording_backward(ctx, g_next):
+        tape, result = ctx.tape, backward(ctx, g_next)
+        down.append(tape.p_prev.clone())
+        return result
+
+    step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)
+    try:
+        yield up, down
+    finally:
+        step.forward, step.backward = staticmethod(forward), staticmethod(backward)
 
 def provenance(here, knobs):
     """What one must know to find the same again."""

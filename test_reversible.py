@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
+from runtime import recorded_states
 
 B, T, V, L = 2, 16, 65, 4
 SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32)
@@ -65,21 +66,8 @@ def error(got, want):
 # 1. stored and rebuilt, bit for bit
 
 def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, compiled=False):
-    forward_states, rebuilt_states, results = [], [], []
-    step = module.ReversibleStep
-    forward, backward = step.forward, step.backward
-
-    def recording_forward(ctx, p_prev, p, tape, *args):
-        forward_states.append(tape.p_prev.clone())
-        return forward(ctx, p_prev, p, tape, *args)
-
-    def recording_backward(ctx, g_next):
-        tape, result = ctx.tape, backward(ctx, g_next)
-        rebuilt_states.append(tape.p_prev.clone())
-        return result
-
-    step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)
-    try:
+    results = []
+    with recorded_states(module.ReversibleStep) as (forward_states, rebuilt_states):
         for stored_layers in (L, 1, 0):
             model = build(module, amplify, dropout=dropout, stored_layers=stored_layers, **scheme)
             if compiled:
@@ -89,8 +77,6 @@ def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, com
             assert len(forward_states) == len(rebuilt_states) == steps
             while forward_states:
                 assert torch.equal(forward_states.pop(), rebuilt_states.pop(0)), 'a rebuilt state differs'
-    finally:
-        step.forward, step.backward = staticmethod(forward), staticmethod(backward)
     for result in results[1:]:
         for name, grad in results[0].items():
             assert grad.isfinite().all() and torch.equal(grad, result[name]), f'the gradient of {name} differs'
