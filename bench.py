@@ -58,7 +58,7 @@ class Knobs:
     n_embd: int = 256
     vocab_size: int = 256
     bias: bool = True
-    layers: list | None = None      # depth: the numbers of layers, two or more; None: 2, 7, 12
+    layers: list | None = None      # depth: the numbers of layers, two or more; None: 4, 8, 12
     budget_gb: float | list | None = None       # batch, throughput: GB a process may use; batch needs it
     vary: str = 'batch'             # batch: the 'batch', or the 'length' of its one sequence, in steps of 128 tokens
     chunked_loss: bool = True       # False: all logits at once, by ordinary autograd
@@ -87,7 +87,7 @@ budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budge
 left_out = ('/dial', '/float') if mode in ('depth', 'batch') else ('/dial',) if mode != 'throughput' or budgets else ()
 cases = [name for name in knobs.cases.split(',') if name] or [
     name for name in CASES if not left_out or not name.endswith(left_out)]
-layers = knobs.layers or [2, 7, 12]
+layers = knobs.layers or [4, 8, 12]
 if unknown := [name for name in cases if name not in CASES]:
     sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
 if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
