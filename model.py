@@ -130,7 +130,7 @@ def to_state(c, x, dtype):
 
 def to_float(p, dtype):
     wide = torch.promote_types(dtype, torch.float32)        # float16 ends at 65504, long before 2^32
-    return p.to(wide).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
+    return (p * torch.tensor(1 / ONE, dtype=wide)).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
 def combine(n, x, m, y):
     """n * x + m * y in the memory of x. It is passes over memory that cost, so 1 * x and 0 * y are left out."""
@@ -248,7 +248,7 @@ class ReversibleStep(torch.autograd.Function):
             x, fx = graph or evaluate(ctx.f, to_float(s, ctx.dtype), ctx.autocast)
             tape.rebuild(s_next, s, fx.detach(), bits, n, m, k, c)
             g_f, *new = torch.autograd.grad(fx, (x, *weights), (c * g_s_next).to(fx.dtype))
-            g_s.copy_(combine(1, g_f, b, g_s_next))
+            torch.add(g_f, g_s_next, alpha=b, out=g_s)
             g_weights = [one + other for one, other in zip(g_weights, new)] if g_weights else new
         if ctx.rng_state is not None:
             generator.set_rng_state(now)
