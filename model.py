@@ -290,7 +290,7 @@ class ChunkedLoss(torch.autograd.Function):
             rows = slice(i, i + chunk)
             with torch.set_grad_enabled(with_grad):
                 x_i = x[rows].detach().requires_grad_(with_grad)
-                loss = criterion(F.linear(x_i, w).to(wide), rows)                           # logits (chunk, V)
+                loss = criterion(F.linear(x_i.to(w.dtype), w).to(wide), rows)   # logits (chunk, V); autocast would cache x_i and its gradient
             total += loss.detach()
             if with_grad:
                 loss.backward(inputs=[x_i] + [w] * w.requires_grad)

@@ -7,6 +7,7 @@ DistributedDataParallel, torch.compile, sampling. That the backward pass is exac
 import os
 import shutil
 import socket
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -58,6 +59,20 @@ def test_logits_are_never_whole_in_memory():
     with Watch():
         model(idx, idx)[1].backward()
     assert largest == 1024 * 4096
+
+def test_no_chunk_of_the_loss_outlives_itself_in_autocast():
+    model, (idx, targets), chunks = build(), batch(), []
+
+    def criterion(logits, rows):
+        leaf = logits.grad_fn
+        while not hasattr(leaf, 'variable'):
+            leaf = leaf.next_functions[0][0]
+        chunks.append(weakref.ref(leaf.variable))
+        return F.cross_entropy(logits, targets.flatten()[rows], reduction='sum')
+
+    with torch.autocast('cpu', torch.bfloat16):
+        model.loss(model.hidden(idx), targets, chunk=7, criterion=criterion)
+        assert len(chunks) > 2 and not any(chunk() is not None for chunk in chunks)
 
 FLOATS = [dict(scheme='standard'), *[dict(scheme, exact=False) for scheme in SCHEMES[:4]]]
 NOT_FINITE = [float('inf'), float('-inf'), float('nan')]
