@@ -65,6 +65,7 @@ def start(knobs):
         torch.set_float32_matmul_precision('high')      # TF32 for what stays in float32
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        torch._dynamo.config.optimize_ddp = False       # it would cut compiled blocks, whose gradients leave all at once
     return SimpleNamespace(kind=kind, device=device, dtype=dtype,
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'))
