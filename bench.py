@@ -103,7 +103,7 @@ if world > 1 and mode not in ('batch', 'throughput'):
 here = start(knobs)
 if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
     fail('memory is measured on an NVIDIA GPU, or on Linux')
-if mode in ('batch', 'memory') and here.kind == 'cpu':
+if (budgets or mode == 'memory') and here.kind == 'cpu':
     ctypes.CDLL(None).mallopt(-3, 65536)        # M_MMAP_THRESHOLD: what glibc keeps for reuse would look like use
 
 # -----------------------------------------------------------------------------
@@ -350,8 +350,9 @@ def take_turns(gigabytes):
         for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
             for name in list(models)[::1 if turn % 2 else -1]:
                 clear()
-                seconds, model = math.inf, parallel(models[name])
+                seconds = math.inf
                 try:
+                    model = parallel(models[name])
                     train(model, optimizer, *tokens(sizes[name], T), 2)     # fills the allocator, and compiles
                     seconds = train(model, optimizer, *tokens(sizes[name], T), 2) / 2
                 except torch.OutOfMemoryError:
