@@ -13,8 +13,9 @@ tokens, that stores its activations, or checkpoints them (every block is evaluat
 --json=FILE keeps the rows, each as soon as it is there. Models take turns, and a ratio is between neighbours in time,
 because a shared machine changes its speed. GB and MB are 10^9 and 10^6 bytes. On a GPU they are what torch allocates, of
 which a budget is a hard limit (CUDA itself takes some more); on a CPU (Linux) what is resident above what the process had
-before, and a run that went beyond the budget counts as one that does not fit. `sample` writes text with cached keys and
-values, and without, beside transformers' generate() on the same weights if that package is there.
+before, and a run that went beyond the budget counts as one that does not fit. A GPU multiplies float32 in TF32, as when it
+trains. `sample` writes text with cached keys and values, and without, beside transformers' generate() on the same weights
+if that package is there.
 """
 import os
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')    # or gaps count as memory

@@ -276,7 +276,7 @@ class ChunkedLoss(torch.autograd.Function):
     The sum over chunks of criterion(logits of the chunk, its rows), divided by count. The logits are x @ weight.T, x (N, C),
     weight (V, C), up to a number for each row that softmax does not see; rows is a slice of N. The gradients of a chunk
     are computed while its logits are there, so no logits outlive their chunk and none are computed twice. Sums are in
-    float32 (or wider), and divided at the very end.
+    float32 (or wider), and divided at the very end. x is cast by hand: autocast's cache would keep each chunk's gradient.
     """
 
     @staticmethod
@@ -290,7 +290,7 @@ class ChunkedLoss(torch.autograd.Function):
             rows = slice(i, i + chunk)
             with torch.set_grad_enabled(with_grad):
                 x_i = x[rows].detach().requires_grad_(with_grad)
-                loss = criterion(F.linear(x_i.to(w.dtype), w).to(wide), rows)   # logits (chunk, V); autocast would cache x_i and its gradient
+                loss = criterion(F.linear(x_i.to(w.dtype), w).to(wide), rows)               # logits (chunk, V)
             total += loss.detach()
             if with_grad:
                 loss.backward(inputs=[x_i] + [w] * w.requires_grad)
