@@ -451,10 +451,11 @@ def sample():
     if knobs.new_tokens >= knobs.block_size or not knobs.bias or knobs.compile:
         fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, bias True, as in GPT-2, and '
              'compile False')
+    torch.backends.cuda.enable_cudnn_sdp(False)         # as sample.py does
     models = {scheme: build(scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
     model = models['standard']
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
-    if here.kind == 'cpu':                      # as sample.py does
+    if here.kind == 'cpu':                      # this, too
         for one in models.values():
             turn_weights(one)
     idx = torch.zeros(1, 1, dtype=torch.long, device=here.device)

@@ -198,6 +198,7 @@ def split(names):
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     here = start(knobs)
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it takes long to prepare for each length anew
     models, tasks, datasets = (split(names) for names in (knobs.init_from, knobs.tasks, knobs.datasets))
     for task in tasks:
         if task not in SOURCES:
