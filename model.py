@@ -213,11 +213,11 @@ class ReversibleStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p_prev, p, tape, f, coefficients, keep_graph, dropout, *weights):
         ctx.tape, ctx.f, ctx.coefficients, ctx.depth, ctx.dtype = tape, f, coefficients, tape.depth, p.dtype
-        # What chooses the kernels must be the same when f is evaluated again. No cache: autocast would keep a cast copy
-        # of every layer's weights until the training script leaves its context.
+        # What chooses the kernels must be the same when f is evaluated again. No cache in training: autocast would keep
+        # a cast copy of every layer's weights until the script leaves its context.
         kind = p.device.type
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
-                            enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+                            enabled=torch.is_autocast_enabled(kind), cache_enabled=not weights)
         ctx.rng_state = rng(p.device).get_rng_state() if dropout else None
         # Saving the weights copies nothing. It makes autograd refuse a backward pass after they have been changed.
         ctx.save_for_backward(*weights)
@@ -472,7 +472,7 @@ class GPT(nn.Module):
                                advance=self.advance, rebuild=self.rebuild)
         p_prev = p = x                      # the paper leaves p_{-1} open: p_{-1} = p_0
         for f, weights, coefficients, j in self.steps(cache):
-            weights = [w for w in weights if w.requires_grad]
+            weights = [w for w in weights if grad and w.requires_grad]
             p_prev, p = p, ReversibleStep.apply(p_prev, p, tape, f, coefficients, grad and j >= first_stored,
                                                 config.dropout > 0 and self.training, *weights)
         # integers know neither inf nor NaN: an increment that was one, or is beyond 2^31, makes all of p NaN. A state
