@@ -104,7 +104,7 @@ if world > 1 and mode not in ('batch', 'throughput'):
 here = start(knobs)
 if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
     fail('memory is measured on an NVIDIA GPU, or on Linux')
-if (budgets or mode == 'memory') and here.kind == 'cpu':
+if mode not in ('sample', 'drift') and here.kind == 'cpu':
     ctypes.CDLL(None).mallopt(-3, 65536)        # M_MMAP_THRESHOLD: what glibc keeps for reuse would look like use
 
 # -----------------------------------------------------------------------------
@@ -335,19 +335,20 @@ def throughput():
         take_turns(gigabytes)
 
 def take_turns(gigabytes):
-    sizes, changes, T = {}, {name: {} for name in cases}, knobs.block_size
-    for name in cases:
-        sizes[name] = search(name, gigabytes) if gigabytes else (
-            knobs.batch_size if needs(name, knobs.batch_size, T, 2) < math.inf else 0)
-        if CASES[name]['stored'] == 'dial' and sizes[name]:
-            room = needs('checkpointed', sizes[name], T, 2)
-            layers_stored = largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer)
-            changes[name] = dict(stored_layers=layers_stored)
-    weights = build('standard')
-    optimizer = adamw(weights)
-    models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
-    times, interrupted = {name: [] for name in models}, False
+    sizes, models, times, interrupted, T = {}, {}, {}, False, knobs.block_size
+    changes = {name: {} for name in cases}
     try:
+        for name in cases:
+            sizes[name] = search(name, gigabytes) if gigabytes else (
+                knobs.batch_size if needs(name, knobs.batch_size, T, 2) < math.inf else 0)
+            if CASES[name]['stored'] == 'dial' and sizes[name]:
+                room = needs('checkpointed', sizes[name], T, 2)
+                layers_stored = largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer)
+                changes[name] = dict(stored_layers=layers_stored)
+        weights = build('standard')
+        optimizer = adamw(weights)
+        models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
+        times = {name: [] for name in models}
         for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):
             for name in list(models)[::1 if turn % 2 else -1]:
                 clear()
@@ -366,7 +367,7 @@ def take_turns(gigabytes):
                     times[name] += [seconds] * (turn > 0)
     except KeyboardInterrupt:
         interrupted = True
-    for name in cases:
+    for name in sizes:
         speeds = {each: [sizes[each] * T * world / seconds for seconds in times.get(each, [])]
                   for each in (name, 'standard', 'checkpointed')}
         ratios = {other: [b / a for a, b in zip(speeds[name], speeds[other])] for other in ('standard', 'checkpointed')}
