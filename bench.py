@@ -104,8 +104,6 @@ if world > 1 and mode not in ('batch', 'throughput'):
 here = start(knobs)
 if mode not in ('sample', 'drift') and here.kind != 'cuda' and not os.path.exists('/proc/self/clear_refs'):
     fail('memory is measured on an NVIDIA GPU, or on Linux')
-if mode not in ('sample', 'drift') and here.kind == 'cpu':
-    ctypes.CDLL(None).mallopt(-3, 65536)        # M_MMAP_THRESHOLD: what glibc keeps for reuse would look like use
 
 # -----------------------------------------------------------------------------
 # models, tokens, a step
@@ -175,6 +173,12 @@ def status(key):
 def used():
     return torch.cuda.memory_allocated() if here.kind == 'cuda' else status('VmRSS')
 
+def reuse(size):
+    """On a CPU: glibc keeps free blocks up to this size, which is fast, and looks like use of memory."""
+    if here.kind == 'cpu':
+        ctypes.CDLL(None).mallopt(-3, size)             # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2 * size)         # M_TRIM_THRESHOLD
+
 def clear():
     """Gives back what is free, and forgets the peak."""
     gc.collect()
@@ -201,6 +205,7 @@ def needs(name, B, T, steps, **change):
     """The peak, in bytes, of so many steps of the optimizer, the highest of all processes: inf if one runs out of memory."""
     x, y = tokens(B, T)
     torch._dynamo.reset()
+    reuse(2**16)
     clear()
     before = used()
     try:
@@ -212,6 +217,7 @@ def needs(name, B, T, steps, **change):
         highest = math.inf
     model = optimizer = None
     clear()
+    reuse(2**25)
     return max(all_reduce(*[highest if r == rank else 0 for r in range(world)]))
 
 def largest(memory_of, limit, top=10**9):
@@ -237,6 +243,7 @@ def largest(memory_of, limit, top=10**9):
 
 def measure():
     """Bytes that one case takes, and what its second layer should take."""
+    reuse(2**16)
     start_bytes, x, y = used(), *tokens(knobs.batch_size, knobs.block_size)
     model = build(cases[0])
     found = dict(weights=used() - start_bytes)
