@@ -60,7 +60,7 @@ def batch(rows, axes):
                       label=f"the paper's {name}")
     axes.set(yscale='log', ylabel=f'largest {key}' + ', tokens' * (key == 'length'), title='under a budget of memory')
     axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g} GB' for gb in budgets])
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
 
 def throughput(rows, axes):
     rows = [row for row in rows if row['tokens/s']]
