@@ -129,7 +129,8 @@ def build(name, weights=None, **change):
         model.compile(**MANY_GRAPHS)
     return model
 
-# there is a graph for each case and shape; that many must be asked for: torch 2.13 takes it for all threads here
+# There is a graph for each case and shape, and that many must be asked for. The backward pass has threads of its own: in torch
+# 2.11 the setting holds in all of them, in 2.13 in this one alone, but the argument in all.
 torch.compiler.config.recompile_limit = 1000
 MANY_GRAPHS = {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
 
@@ -459,11 +460,11 @@ def sample():
     if knobs.new_tokens >= knobs.block_size or not knobs.bias or knobs.compile:
         fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, bias True, as in GPT-2, and '
              'compile False')
-    torch.backends.cuda.enable_cudnn_sdp(False)         # as sample.py does
+    torch.backends.cuda.enable_cudnn_sdp(False)         # as sample.py does, and below
     models = {scheme: build(scheme).eval() for scheme in ('standard', 'leapfrog', 'symplectic')}
     model = models['standard']
     theirs = of_transformers(model) if importlib.util.find_spec('transformers') else None
-    if here.kind == 'cpu':                      # this, too
+    if here.kind == 'cpu':
         for one in models.values():
             turn_weights(one)
     idx = torch.zeros(1, 1, dtype=torch.long, device=here.device)

@@ -198,7 +198,7 @@ def split(names):
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     here = start(knobs)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it takes long to prepare for each length anew
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention plans for every new length, and texts have many
     models, tasks, datasets = (split(names) for names in (knobs.init_from, knobs.tasks, knobs.datasets))
     for task in tasks:
         if task not in SOURCES:

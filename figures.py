@@ -64,15 +64,15 @@ def batch(rows, axes):
 
 def throughput(rows, axes):
     rows = [row for row in rows if row['tokens/s']]
-    names = [f"{row['case']}, {row['stored layers']} stored, batch {row['batch']}" + (f", {row['GB']:g} GB" if row['GB'] else '')
-             for row in rows]
+    names = [f"{row['case']}, {row['stored layers']} stored, batch {row['batch']}"
+             + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows]
     axes.barh(names, [row['tokens/s'] for row in rows], color=[color(row['case']) for row in rows], xerr=[
         [row['tokens/s'] - row['lowest'] for row in rows], [row['highest'] - row['tokens/s'] for row in rows]])
     axes.invert_yaxis()
     axes.set(xlabel='tokens/s: median, lowest and highest turn')
 
 def drift(rows, axes):
-    exact = max((row[f'worst {what}'] for row in rows if row['states'] == 'exact' for what in ('state', 'gradient')), default=None)
+    exact = max((max(row['worst state'], row['worst gradient']) for row in rows if row['states'] == 'exact'), default=None)
     for axis, (what, key) in zip(axes, (('state', 'state_errors'), ('gradient', 'gradient_errors'))):
         for row in rows:
             if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x1', 'x8', 'trained'):
@@ -112,7 +112,8 @@ def loss(paths, axes):
     seen = set()
     for name in order:
         scheme = name.removeprefix('mean_').removeprefix('quarter_').split('_h')[0]
-        label = '1 seed, ' * (len(curves[name]) == 1) + name.replace('_h', ', h = ').replace('mean_', 'mean of two: ').replace('quarter_', 'f / 4: ')
+        label = '1 seed, ' * (len(curves[name]) == 1) + name.replace('_h', ', h = ')
+        label = label.replace('mean_', 'mean of two: ').replace('quarter_', 'f / 4: ')
         axes[1].plot([run[-1][1] for run in curves[name]], [label] * len(curves[name]), 'o', alpha=0.7, color=COLORS[scheme])
         if len(curves[name]) > 1 and scheme not in seen and name.startswith(scheme):       # each scheme's best
             seen.add(scheme)

@@ -467,9 +467,9 @@ class GPT(nn.Module):
             return x
 
         dtype = torch.int64 if config.exact else torch.promote_types(x.dtype, torch.float32)
-        tape = SimpleNamespace(p_prev=to_state(1, x, dtype), p=to_state(1, x, dtype), depth=0, extremes=[x.detach().float().abs().max()],
-                               slices=1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE),     # a cache is of all rows
-                               advance=self.advance, rebuild=self.rebuild)
+        tape = SimpleNamespace(p_prev=to_state(1, x, dtype), p=to_state(1, x, dtype), depth=0,
+                               extremes=[x.detach().float().abs().max()], advance=self.advance, rebuild=self.rebuild,
+                               slices=1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE))     # a cache is of all rows
         p_prev = p = x                      # the paper leaves p_{-1} open: p_{-1} = p_0
         for f, weights, coefficients, j in self.steps(cache):
             weights = [w for w in weights if grad and w.requires_grad]

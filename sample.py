@@ -46,7 +46,7 @@ if __name__ == '__main__':
         sys.exit(f'seed = {knobs.seed} must be 0 or more, and below 2^63')
 
     model.to(kind).eval()
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it takes long to prepare for each length anew
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention plans for every new length, and texts have many
     if kind == 'cpu':
         turn_weights(model)
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
