@@ -267,15 +267,15 @@ def measure():
         kept[saved.untyped_storage().data_ptr()] = saved            # the tensor too, or its place may be given away
         return saved
 
-    for f, weights, coefficients, j in model.steps(None):
+    for j, f, modules in model.steps():
         if j == 1:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), here.autocast:
                 kept.clear()
                 fx = f(state.clone().requires_grad_())
-            own = {weight.untyped_storage().data_ptr() for weight in weights}
+            own = {weight.untyped_storage().data_ptr() for module in modules for weight in module.parameters()}
             stored += sum(saved.untyped_storage().nbytes() for place, saved in kept.items() if place not in own)
             stored += fx.nbytes if config.scheme != 'standard' else 0       # which rebuilds the state before
-            always = state.nbytes if config.scheme == 'standard' else state.numel() * coefficients[2] / 8
+            always = state.nbytes if config.scheme == 'standard' else state.numel() * model.coefficients[j].bits / 8
     bytes_of_weights = sum(weight.nbytes for weight in model.transformer.h[1].parameters())
     part = CASES[cases[0]]['stored']
     return dict(found=found, predicted=dict(

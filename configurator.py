@@ -12,6 +12,7 @@ Nothing is executed: a config file may hold comments and literal values, and not
 import ast
 import difflib
 import inspect
+import math
 import os
 import sys
 from dataclasses import fields
@@ -86,3 +87,42 @@ def machine(device, dtype):
                             ('bfloat16', 'this GPU computes in it') if torch.cuda.get_device_capability() >= (8, 0) else
                             ('float16', 'with a gradient scaler: this GPU does not compute in bfloat16'))
     return device, dtype, f'device {device} ({why_device}), dtype {dtype} ({why_dtype})'
+
+def check_config(config, schemes, default_h):
+    """ValueError, in a sentence, for a GPTConfig that makes no model: its sizes, and what its scheme needs."""
+    def must(right, sentence):
+        if not right:
+            raise ValueError(sentence)
+
+    must(config.scheme in schemes, f"unknown scheme '{config.scheme}': choose one of {', '.join(schemes)}")
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head'):
+        size = getattr(config, name)
+        must(isinstance(size, int) and size >= 1, f'{name} = {size!r} must be a whole number, 1 or more')
+    must(0 <= config.dropout < 1, f'dropout = {config.dropout} must be 0 or more, and below 1')
+    for name, parts in (('n_embd', 'n_head'), ('n_head', 'n_kv_head')):
+        size, n = getattr(config, name), getattr(config, parts)
+        must(size % n == 0, f'{name} = {size} must be divisible by {parts} = {n}')
+    hs = config.n_embd // config.n_head
+    must(config.rope_theta is None or hs % 2 == 0 and config.rope_theta > 0,
+         f'rotary positions need an even n_embd / n_head, not {hs}, and a rope_theta above 0, not {config.rope_theta}')
+    for name, choices in (('norm', ('layernorm', 'rmsnorm')), ('mlp', ('gelu', 'swiglu'))):
+        must(getattr(config, name) in choices, f"unknown {name} '{getattr(config, name)}': choose {' or '.join(choices)}")
+    must(0 <= config.stored_layers <= config.n_layer,
+         f'stored_layers = {config.stored_layers} must lie between 0 and n_layer = {config.n_layer}')
+    must(config.h is None or config.scheme in default_h, f"scheme '{config.scheme}' has no step size: leave h out")
+    must(config.a is None or config.scheme == 'midpoint_a',
+         f"scheme '{config.scheme}' has a fixed a: leave a out, or use scheme 'midpoint_a'")
+    for name, value in (('h', config.h), ('a', config.a)):
+        numbers = value if isinstance(value, list) else [value] * config.n_layer
+        must(len(numbers) == config.n_layer,
+             f'{name} has {len(numbers)} numbers: give one, or n_layer = {config.n_layer} of them')
+        if value is None or name == 'a' and value == 'random':
+            continue
+        must(all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers),
+             f"{name} = {value!r}: give a number or a list of them" + ", or 'random'" * (name == 'a'))
+        for a in numbers if name == 'a' else ():
+            n, power = float(a).as_integer_ratio()              # in lowest terms; of a float it is over a power of two
+            must(not config.exact or n % 2 == 1 and power <= 256,
+                 f'a = {a} cannot be undone exactly: it must be an odd number over a power of two up to 256, such as 1, '
+                 '-0.5 = -1/2 or 0.75 = 3/4')
+            must(a != 0, 'a = 0 forgets p_prev, and no backward pass can rebuild it')

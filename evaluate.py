@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from configurator import configure
 from data.download import download, write_atomically
-from model import LOSS_CHUNK
 from pretrained import build, same_tokens, tokenizer
 from runtime import all_reduce, fail, leave, main, open_data, rank, say, start, validation_loss, world
 
@@ -128,6 +127,8 @@ def tokens_of_pair(encode, context, continuation):
     before = encode(context)
     return before, encode(context + continuation)[len(before):]
 
+CHUNK = 1024        # tokens whose logits exist at one time, as in the loss
+
 @torch.no_grad()
 def log_likelihoods(model, pairs, batch_size, autocast, bar=None):
     """
@@ -153,7 +154,7 @@ def log_likelihoods(model, pairs, batch_size, autocast, bar=None):
         wanted = torch.tensor([token for i in batch for token in pairs[i][1]], device=device)
         x = torch.cat([row[len(text) - 1 - n:len(text) - 1] for row, text, n in zip(x, texts, counts)])     # (N, C)
         losses = torch.cat([F.cross_entropy(F.linear(x_i.float(), model.lm_head.weight.float()), wanted_i, reduction='none')
-                            for x_i, wanted_i in zip(x.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK))])       # (N)
+                            for x_i, wanted_i in zip(x.split(CHUNK), wanted.split(CHUNK))])                 # (N)
         for i, loss in zip(batch, losses.split(counts)):
             result[i] = -loss.sum().item()
         if bar is not None:

@@ -18,7 +18,8 @@ import requests
 import torch
 
 from data.download import download, gpt2_encoding
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
+from runtime import load_checkpoint
 
 # -----------------------------------------------------------------------------
 # from a name to its files

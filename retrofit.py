@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from model import GPT, head, load_checkpoint, save_checkpoint
+from model import GPT, head
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, leave, local_rank, main, open_data, open_log, peak_memory,
-                     say, signals, start, update, validation_loss, world)
+from runtime import (all_reduce, catch_signals, cosine, fail, leave, load_checkpoint, local_rank, main, open_data, open_log,
+                     peak_memory, save_checkpoint, say, signals, start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
@@ -90,8 +90,8 @@ def converted(config, conversion, a, stored_layers):
 
 def remembered(model):
     """Bits an element of the state, for each layer."""
-    k = [k for _, _, k, _ in model.coefficients]
-    return k[0] if len(set(k)) == 1 else k
+    bits = [coefficients.bits for coefficients in model.coefficients]
+    return bits[0] if len(set(bits)) == 1 else bits
 
 def distillation(teacher, hidden, targets, t, data_weight):
     """

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -167,6 +168,30 @@ def update(model, optimizer, data, knobs, here, step, lr, loss_of):
     return loss, norm
 
 # -----------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """Writes the dict under another name, and renames it once it is on the disk: there is never half a checkpoint."""
+    with open(f'{path}.part', 'wb') as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.part', path)
+
+def load_checkpoint(path, device='cpu'):
+    """The dict of save_checkpoint. ValueError if there is no such file, or if not all of it is as it was written."""
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no checkpoint {path}')
+    try:                                    # what damage raises depends on the byte; torch.load reads no checksums
+        with zipfile.ZipFile(path) as file:
+            checkpoint = None if file.testzip() else torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or not {'model', 'config', 'meta'} <= checkpoint.keys():
+        raise ValueError(f'{path} is damaged, cut off or no checkpoint of ours: use another one')
+    return checkpoint
+
+# -----------------------------------------------------------------------------
 # what is measured
 
 @torch.no_grad()
@@ -227,13 +252,13 @@ def recorded_states(step):
     """(forward, rebuilt) for model.py's ReversibleStep: p_prev of each step as it goes up, and as it is rebuilt on the way down."""
     forward, backward, up, down = step.forward, step.backward, [], []
 
-    def recording_forward(ctx, p_prev, p, tape, *args):
-        up.append(tape.p_prev.clone())
-        return forward(ctx, p_prev, p, tape, *args)
+    def recording_forward(ctx, handle_prev, handle, tape, *args):
+        up.append(tape.lower.clone())
+        return forward(ctx, handle_prev, handle, tape, *args)
 
     def recording_backward(ctx, g_next):
         tape, result = ctx.tape, backward(ctx, g_next)
-        down.append(tape.p_prev.clone())
+        down.append(tape.lower.clone())
         return result
 
     step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)

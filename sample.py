@@ -4,10 +4,12 @@ Writes text with a model of train.py or retrofit.py, or with a pretrained one, t
     python sample.py --init_from=out_python/best.pt --prompt="def main(" --max_new_tokens=300
     python sample.py --init_from=gpt2 --prompt="Once upon a time" --temperature=0       # always the likeliest token
 """
+import math
 import sys
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from configurator import configure, machine
 from pretrained import build, ends_of_text, tokenizer, turn_weights
@@ -23,6 +25,52 @@ class Knobs:
     seed: int = 1337
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'
     dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'
+
+class Cache:
+    """
+    For sampling: the keys and values of all tokens so far, of every evaluation of attention in the order of depth. What
+    a token's states are, in any scheme, depends on other tokens through these alone.
+    """
+
+    def __init__(self, length):
+        self.length, self.tokens, self.depth, self.layers = length, 0, 0, []
+
+    def extend(self, *new):
+        """Keys and values (B, nkv, T, hs) of the next T tokens -> those of all tokens so far."""
+        if self.depth == len(self.layers):
+            self.layers.append([x.new_empty(*x.shape[:2], self.length, x.size(3)) for x in new])
+        layer, end = self.layers[self.depth], self.tokens + new[0].size(2)
+        for kept, x in zip(layer, new):
+            kept[:, :, self.tokens:end] = x.detach()
+        self.depth += 1
+        return [kept[:, :, :end] for kept in layer]
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, cached=True):
+    """
+    Yields the max_new_tokens tokens (B, 1) that go on from idx (B, T), one after the other. Temperature 0 takes the
+    likeliest token, top_k draws from the k likeliest; tokens from vocab_size on, which only pad the vocabulary, are
+    never drawn. Keys and values are cached up to block_size tokens. Beyond, or with cached=False, the last block_size
+    tokens are computed anew for each, since the window moves, and with it everything in it.
+    """
+    block_size, new = model.config.block_size, idx
+    cache = Cache(min(block_size, idx.size(1) + max_new_tokens))
+    for _ in range(max_new_tokens):
+        if cached and idx.size(1) <= block_size:
+            logits = model(new, cache=cache)[0]
+        else:
+            logits = model(idx[:, -block_size:])[0]
+        logits = logits[:, -1, :vocab_size]                                             # (B, V)
+        if top_k is not None:
+            kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            logits = logits.float() - logits.max(-1, keepdim=True).values       # none overflows, however cold
+            new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+        idx = torch.cat((idx, new), dim=1)
+        yield new
 
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
@@ -59,7 +107,7 @@ if __name__ == '__main__':
         print('-' * 80)
         tokens, shown = list(prompt), ''
         with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'):
-            for token in model.stream(torch.tensor([prompt], device=kind), knobs.max_new_tokens, knobs.temperature,
+            for token in stream(model, torch.tensor([prompt], device=kind), knobs.max_new_tokens, knobs.temperature,
                                       knobs.top_k, meta.get('vocab_size')):
                 if token.item() in ends:
                     break

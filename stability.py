@@ -69,7 +69,7 @@ for scheme, a, axis, low, high in AXES:
 @torch.no_grad()
 def perturb(model, idx):
     """Growth of the norm of (p_prev, p), from state to state: of one in the embedding, and of one in the last pair."""
-    steps = [(f, *coefficients) for f, _, coefficients, _ in model.steps(None)]
+    steps = [(f, model.coefficients[j]) for j, f, _ in model.steps()]
     x = model.transformer.wte(idx)
     if model.config.rope_theta is None:
         x = x + model.transformer.wpe(torch.arange(idx.size(1), device=here.device))
@@ -83,16 +83,16 @@ def perturb(model, idx):
 
     def up(x):
         pairs = [(x, x)]
-        for f, n, m, k, c in steps:
+        for f, coefficients in steps:
             p_prev, p = pairs[-1]
-            pairs.append((p, advance(p_prev.clone(), p, f(p), n, m, k, c)[0] if n else p + c * f(p)))
+            pairs.append((p, advance(p_prev.clone(), p, f(p), coefficients)[0]))
         return pairs
 
     def down(p, p_next):
         pairs = [(p, p_next)]
-        for f, n, m, k, c in reversed(steps):
+        for f, coefficients in reversed(steps):
             p, p_next = pairs[-1]
-            pairs.append((rebuild(p_next.clone(), p, f(p), None, n, m, k, c), p))
+            pairs.append((rebuild(p_next.clone(), p, f(p), None, coefficients), p))
         return pairs
 
     pairs = up(x)

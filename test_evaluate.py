@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig
+from runtime import save_checkpoint
 from pretrained import build, tokenizer
 from test_data import site                                              # noqa: F401, a fixture
 from test_scripts import complaint, place, run                 # noqa: F401, place is a fixture

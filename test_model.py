@@ -228,11 +228,12 @@ def test_random_a_is_drawn_once_in_quarters():
 
 def test_states_may_overflow_and_are_rebuilt_all_the_same():
     """int64 wraps around, and dividing by n is a multiplication modulo 2^64: nothing that wraps is lost."""
-    for n, m, k in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:
+    for n, m, bits in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:
         p_prev, p = torch.randint(-2**63, 2**63 - 1, (2, 2, 3, 5))
         fx = 1e9 * torch.randn(2, 3, 5)
-        p_next, bits = model_py.advance(p_prev.clone(), p, fx, n, m, k, 1)
-        assert torch.equal(model_py.rebuild(p_next, p, fx, bits, n, m, k, 1), p_prev)
+        step = model_py.Coefficients(n, m, 1, bits)
+        p_next, cut_off = model_py.advance(p_prev.clone(), p, fx, step)
+        assert torch.equal(model_py.rebuild(p_next, p, fx, cut_off, step), p_prev)
 
 def test_accumulated_gradients_equal_those_of_a_large_batch():
     idx, targets = batch(rows=8)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from data.text.prepare import prepare as prepare_text
 import model as model_py
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
+from runtime import load_checkpoint
 from test_reversible import L, check_exact
 from test_scripts import ROOT, command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
 
@@ -119,7 +120,7 @@ def test_the_way_to_a():
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32, scheme='standard')
     for a in (1.0, -0.5, 3 / 256):
         student = GPT(retrofit.converted(config, 'midpoint_a', a, 0))
-        assert [c for _, _, _, c in student.coefficients] == [1, 1 + a, 1 + a]
+        assert [step.c for step in student.coefficients] == [1, 1 + a, 1 + a]
     torch.manual_seed(0)
     teacher = GPT(config)
     idx = torch.randint(65, (2, 16))

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import model as model_py
 import pretrained
 from pretrained import ends_of_text, tokenizer
+from runtime import save_checkpoint
 from test_scripts import ROOT, command, complaint, place, run, whole    # noqa: F401, place and whole are fixtures
 
 def test_sample_is_a_function_of_its_seed(place, whole):
@@ -53,10 +55,12 @@ def screens(place, monkeypatch, tokens=None, ends=(), **flags):         # noqa: 
     found = []
     with monkeypatch.context() as here:
         here.chdir(place)
-        here.setattr(sys, 'argv', command('sample.py', init_from='whole/best.pt', prompt='ab', **flags)[1:])
         here.setattr(pretrained, 'ends_of_text', lambda meta: ends)
         if tokens is not None:
-            here.setattr(model_py.GPT, 'stream', lambda *args: (torch.tensor([[token]]) for token in tokens))
+            logits = iter(1e4 * F.one_hot(torch.tensor(list(tokens)), 256).view(-1, 1, 1, 256))     # (B, 1, V) each
+            here.setattr(model_py.GPT, 'forward', lambda *args, **_: (next(logits), None))
+            flags = dict(flags, max_new_tokens=len(tokens))
+        here.setattr(sys, 'argv', command('sample.py', init_from='whole/best.pt', prompt='ab', **flags)[1:])
         with here.context() as screen:
             screen.setattr(sys, 'stdout', Screen())
             runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
@@ -75,8 +79,8 @@ def test_a_sample_ends_with_its_text(place, whole, monkeypatch):        # noqa: 
 
 def test_the_padding_of_a_vocabulary_is_never_written(place):           # noqa: F811
     model = model_py.GPT(model_py.GPTConfig(block_size=64, vocab_size=960, n_layer=1, n_head=1, n_embd=8))
-    model_py.save_checkpoint(str(place / 'padded.pt'), dict(model=model.state_dict(), config=vars(model.config),
-                                                            meta=dict(encoding='bytes', vocab_size=256, dtype='uint8')))
+    save_checkpoint(str(place / 'padded.pt'), dict(model=model.state_dict(), config=vars(model.config),
+                                                   meta=dict(encoding='bytes', vocab_size=256, dtype='uint8')))
     run(place, 'sample.py', init_from='padded.pt', prompt='a', max_new_tokens=40, temperature=9.0, top_k='None')
 
 def test_ends_of_text(tmp_path):

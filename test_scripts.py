@@ -24,7 +24,8 @@ import torch
 
 import runtime
 from configurator import configure, machine
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from runtime import load_checkpoint, save_checkpoint
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,

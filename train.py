@@ -22,10 +22,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, leave, local_rank, main, open_data, open_log, peak_memory,
-                     say, start, update, validation_loss, world)
+from runtime import (all_reduce, catch_signals, cosine, fail, leave, load_checkpoint, local_rank, main, open_data, open_log,
+                     peak_memory, save_checkpoint, say, start, update, validation_loss, world)
 
 @dataclass
 class Knobs:
