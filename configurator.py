@@ -25,7 +25,7 @@ def configure(knobs, argv):
     types, values = {field.name: field.type for field in fields(knobs)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
-            print(inspect.getsource(knobs))
+            print_help(knobs)
             sys.exit()
         if not arg.startswith('--'):
             settings = read_file(arg)
@@ -40,6 +40,15 @@ def configure(knobs, argv):
                 sys.exit(f"unknown name '{name}' in {arg}: did you mean '{near[0]}'? --help lists them all")
             values[name] = checked(name, value, types[name])
     return knobs(**values)
+
+def print_help(knobs):
+    """The fields and their comments, as the source has them: its own, and then those of the class it builds on."""
+    shown = set()
+    for cls in knobs.__mro__[:-1]:
+        for line in inspect.getsource(cls).split('\n    def ')[0].splitlines():
+            if line.split(':')[0].strip() not in shown:
+                print(line)
+        shown |= cls.__annotations__.keys()
 
 def literal(text):
     try:

@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, head
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, leave, load_checkpoint, local_rank, main, open_data, open_log,
-                     peak_memory, save_checkpoint, say, signals, start, update, validation_loss, world)
+from runtime import (agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+                     open_data, open_log, peak_memory, save_checkpoint, say, seed_step, signals, start, training_batch,
+                     validation_loss, world)
 
 @dataclass
 class Knobs:
@@ -152,11 +153,6 @@ def tune(name, conversion, bits, sign, seed):
         model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None)
     record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'a', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
 
-    def loss_of(x, y):
-        with torch.no_grad():
-            hidden = teacher.hidden(x)
-        return model(x, y, distillation(teacher, hidden, y, knobs.temperature, knobs.data_weight))[1]
-
     def save():
         if main:
             save_checkpoint(last, dict(
@@ -167,26 +163,49 @@ def tune(name, conversion, bits, sign, seed):
     if here.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
-    clock, steps_timed = time.time(), 0
+    accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
+    began, first_step = time.time(), step
+    clock, clock_step = began, step
     while step < knobs.max_iters:
         if a != a_at(step, run):            # between two steps, never between forward and backward
             a = a_at(step, run)
             student.config = converted(teacher.config, conversion, a, knobs.stored_layers)
             student.coefficients = student.config.coefficients()
         lr = cosine(knobs, step)
-        made = update(model, optimizer, train_data, run, here, step, lr, loss_of)
-        if made is None:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        seed_step(run, step)
+        loss = 0.0
+        for micro in range(accumulation):
+            x, y = training_batch(train_data, run, step, micro, here.device)                # (B, T) each
+            if world > 1:                   # the gradients of all processes meet once, in the last micro-batch
+                model.require_backward_grad_sync = micro == accumulation - 1
+            with here.autocast:
+                with torch.no_grad():
+                    hidden = teacher.hidden(x)                                              # (B, T, C)
+                criterion = distillation(teacher, hidden, y, knobs.temperature, knobs.data_weight)
+                micro_loss = model(x, y, criterion)[1] / accumulation
+            here.scaler.scale(micro_loss).backward()
+            loss += micro_loss.item()
+        here.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
+        loss, stop = agree(step, loss, norm, here)
+        if stop:                            # this step is not made: the weights are those of the last one
             save()
             say(f'stopped at step {step} of {name}: go on with --init_from=resume')
             return None
-        loss, norm = made
+        here.scaler.step(optimizer)
+        here.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         step += 1
-        steps_timed += 1
+
         if step % knobs.log_interval == 0 or step == knobs.max_iters:
-            speed = tokens_per_step * steps_timed / (time.time() - clock)
-            clock, steps_timed = time.time(), 0
-            say(f'{name}, step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}'
-                + (f', a {a:.3f}' if a else '') + f', {speed:,.0f} tokens/s, peak {peak_memory(here.kind):.2f} GB')
+            now = time.time()
+            speed = tokens_per_step * (step - clock_step) / (now - clock)
+            left = (now - began) / (step - first_step) * (knobs.max_iters - step)
+            clock, clock_step = now, step
+            say(f'{name}, step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}' + (f', a {a:.3f}' if a else '')
+                + f', {speed:,.0f} tokens/s, peak {peak_memory(here.kind):.2f} GB, {duration(left)} left')
             record(step=step, loss=loss, lr=lr, grad_norm=norm, a=a, tokens_per_s=round(speed),
                    peak_gb=round(peak_memory(here.kind), 3))
         if step % knobs.eval_interval == 0 or step == knobs.max_iters:

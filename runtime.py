@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -135,37 +135,26 @@ def cosine(knobs, step):
     ratio = min(1.0, (step - knobs.warmup_iters) / max(1, (knobs.lr_decay_iters or knobs.max_iters) - knobs.warmup_iters))
     return knobs.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (knobs.learning_rate - knobs.min_lr)
 
-def update(model, optimizer, data, knobs, here, step, lr, loss_of):
-    """
-    One step of the optimizer: the gradients of loss_of(x, y), averaged over all rows of this step, clipped. Returns the
-    loss and the norm of the gradient, or None if a signal has asked to stop: the step is then not made, and the weights
-    are those which have just given a finite loss. It is the same in every process.
-    """
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    # dropout too depends on the step alone, so that nothing of it need be saved
+def seed_step(knobs, step):
+    """Seeds the random numbers of a step, those of dropout: another seed for each step and process."""
     torch.manual_seed(int(np.random.default_rng((knobs.seed, step, rank, 1)).integers(2**63)))
-    accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
-    loss = 0.0
-    for micro in range(accumulation):
-        x, y = training_batch(data, knobs, step, micro, here.device)
-        with nullcontext() if micro == accumulation - 1 or world == 1 else model.no_sync():     # gradients meet once
-            with here.autocast:
-                micro_loss = loss_of(x, y) / accumulation
-            here.scaler.scale(micro_loss).backward()
-        loss += micro_loss.item()
-    loss, stop = all_reduce(loss / world, len(signals))             # all processes stop at the same step
-    here.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
+
+def agree(step, loss, norm, here):
+    """
+    (the loss, averaged over all processes; whether one of them was asked to stop), the same in every process. Ends the
+    program if the loss or the norm of the gradient is not finite. Either way the weights have just given a finite loss.
+    """
+    loss, stop = all_reduce(loss / world, len(signals))
     if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
         fail(f'step {step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
              'and last.pt, if there is one, is as it was')
-    if stop:
-        return None
-    here.scaler.step(optimizer)
-    here.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, bool(stop)
+
+def duration(seconds):
+    """Such as 2 h 05 min, or 3 min 20 s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes:02} min' if hours else f'{minutes} min {seconds:02} s' if minutes else f'{seconds} s'
 
 # -----------------------------------------------------------------------------
 # checkpoints

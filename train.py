@@ -24,39 +24,22 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build, same_tokens
-from runtime import (all_reduce, catch_signals, cosine, fail, leave, load_checkpoint, local_rank, main, open_data, open_log,
-                     peak_memory, save_checkpoint, say, start, update, validation_loss, world)
+from runtime import (agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+                     open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start, training_batch,
+                     validation_loss, world)
 
 @dataclass
-class Knobs:
+class Knobs(GPTConfig):                     # all fields of GPTConfig in model.py are knobs too; two have another default
+    vocab_size: int | None = None           # None: what the data needs, rounded up to a multiple of 64
+    bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
                                             # anything GPT.from_pretrained takes: its model is then what is trained
     seed: int = 1337
     # data
     dataset: str = 'python'                 # a folder of data/
-    batch_size: int = 12                    # sequences in a micro-batch
-    gradient_accumulation_steps: int = 40   # micro-batches a step, over all processes together
-    block_size: int = 1024                  # tokens in a sequence
-    # model: see GPTConfig in model.py
-    vocab_size: int | None = None           # None: what the data needs, rounded up to a multiple of 64
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
-    norm: str = 'layernorm'                 # a Llama has 'rmsnorm', mlp = 'swiglu', rope_theta = 10000.0
-    norm_eps: float = 1e-5
-    mlp: str = 'gelu'
-    n_inner: int | None = None
-    n_kv_head: int | None = None
-    rope_theta: float | None = None
-    tied: bool = True
-    scheme: str = 'leapfrog'
-    h: float | list | None = None
-    a: float | list | str | None = None
-    stored_layers: int | None = None
-    exact: bool = True
+    batch_size: int = 12                    # sequences of block_size tokens in a micro-batch
+    gradient_accumulation_steps: int = 40   # micro-batches per step, over all processes together
     # optimizer: AdamW, with a warm-up and a cosine
     learning_rate: float = 6e-4
     max_iters: int = 600000                 # steps
@@ -77,6 +60,9 @@ class Knobs:
     dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'
     compile: bool = False                   # torch.compile of the blocks: worth its minute on a GPU
 
+    def __post_init__(self):
+        pass                                # GPTConfig looks at its fields when the model is built
+
 knobs = configure(Knobs, sys.argv[1:])
 
 here = start(knobs)
@@ -93,7 +79,7 @@ torch.manual_seed(knobs.seed)
 try:
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
-        raw_model = GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, 'vocab_size': vocab_size}))
+        raw_model = GPT(GPTConfig(**{name: getattr(knobs, name) for name in FIELDS - {'vocab_size'}}, vocab_size=vocab_size))
     elif knobs.init_from == 'resume':
         checkpoint = load_checkpoint(last)
         if 'knobs' not in checkpoint:
@@ -186,30 +172,49 @@ if step == 0:
     evaluate_and_save()
 if step >= knobs.max_iters:
     say(f'all of its {step} steps are made: give a larger --max_iters to go on')
-clock, steps_timed = time.time(), 0
+accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
+began, first_step = time.time(), step
+clock, clock_step = began, step
 while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
-    made = update(model, optimizer, train_data, knobs, here, step, lr, lambda x, y: model(x, y)[1])
-    if made is None:
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    seed_step(knobs, step)                  # dropout depends on the step alone, so nothing of it need be saved
+    loss = 0.0
+    for micro in range(accumulation):
+        x, y = training_batch(train_data, knobs, step, micro, here.device)      # (B, T) each
+        if world > 1:                       # the gradients of all processes meet once, in the last micro-batch
+            model.require_backward_grad_sync = micro == accumulation - 1
+        with here.autocast:
+            micro_loss = model(x, y)[1] / accumulation
+        here.scaler.scale(micro_loss).backward()
+        loss += micro_loss.item()
+    here.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
+    loss, stop = agree(step, loss, norm, here)
+    if stop:                                # this step is not made: the weights are those of the last one
         save(last)
         say(f'stopped at step {step}: go on with --init_from=resume')
         break
-    loss, norm = made
+    here.scaler.step(optimizer)
+    here.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
     step += 1
-    steps_timed += 1
 
     if step % knobs.log_interval == 0 or step == knobs.max_iters:
-        speed = tokens_per_step * steps_timed / (time.time() - clock)
-        clock, steps_timed = time.time(), 0
+        now = time.time()
+        speed = tokens_per_step * (step - clock_step) / (now - clock)
+        left = (now - began) / (step - first_step) * (knobs.max_iters - step)
+        clock, clock_step = now, step
         mfu = speed * flops_per_token / (peak_flops * world) if peak_flops else None
         say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {speed:,.0f} tokens/s, '
-            f'peak {peak_memory(here.kind):.2f} GB' + (f', MFU {mfu:.1%}' if mfu else ''))
+            f'peak {peak_memory(here.kind):.2f} GB' + (f', MFU {mfu:.1%}' if mfu else '') + f', {duration(left)} left')
         record(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed),
                peak_gb=round(peak_memory(here.kind), 3), mfu=mfu)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:
         pause = time.time()
         evaluate_and_save()
-        clock += time.time() - pause
+        clock += time.time() - pause        # not counted in tokens/s
 
 del model
 leave()
