@@ -205,6 +205,38 @@ def test_directional_derivative_by_finite_differences(scheme, stored_layers):
     slope = sum((grads[name] * direction[name]).sum() for name in grads)
     assert abs((losses[0] - losses[1]) / (2 * eps) - slope) < 1e-6 * abs(slope)
 
+def method_of_the_readme():
+    """The README's Python code, run as a module."""
+    with open(os.path.join(os.path.dirname(model_py.__file__), 'README.md')) as file:
+        code = file.read().split('```python\n')[1].split('```')[0]
+    method = {'__name__': 'method'}
+    exec(code, method)
+    return code, method
+
+@pytest.mark.parametrize('amplify', [1, 8])
+@pytest.mark.parametrize('scheme', [SCHEMES[0], SCHEMES[1], SCHEMES[2], dict(scheme='midpoint_a', a=-1.0)], ids=str)
+def test_the_method_in_the_readme_has_the_same_gradients(scheme, amplify):
+    model = build(amplify=amplify, exact=False, **scheme).double()
+    want = gradients(model)
+    idx, targets = batch()
+    code, method = method_of_the_readme()
+    step = model.coefficients[0]
+    method.update(a=step.n, b=step.m, c=step.c)
+    layers = [f for _, f, _ in model.steps()]
+    model.zero_grad()
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T))
+    p_prev, p = method['forward'](x, layers)
+    F.cross_entropy(model.lm_head(model.transformer.ln_f(p.requires_grad_())).flatten(0, 1), targets.flatten()).backward()
+    x.backward(method['backward'](p_prev, p.detach(), p.grad, layers))
+    assert error({name: weight.grad for name, weight in model.named_parameters()}, want) < 1e-10
+
+def test_the_example_in_the_readme_learns(capsys):
+    code, _ = method_of_the_readme()
+    torch.manual_seed(0)
+    exec(code, {'__name__': '__main__'})
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 20 and losses[-1] < 0.5 * losses[0]
+
 # -----------------------------------------------------------------------------
 # 3. planted faults
 
