@@ -234,7 +234,7 @@ def open_log(folder, columns, step):
     return record
 
 # -----------------------------------------------------------------------------
-# what bench.py and stability.py find
+# what bench.py and results/stability.py find
 
 @contextmanager
 def recorded_states(step):
@@ -258,15 +258,17 @@ def recorded_states(step):
 
 def provenance(here, knobs):
     """What one must know to find the same again."""
+    root = os.path.dirname(os.path.abspath(__file__))
+
     def git(*words):
-        return subprocess.run(['git', *words], capture_output=True, text=True,
-                              cwd=os.path.dirname(__file__) or '.').stdout.strip() if shutil.which('git') else ''
+        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=root).stdout.strip() if shutil.which('git') else ''
 
     processor = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
             processor = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), processor)
-    return dict(command=' '.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]), date=time.strftime('%Y-%m-%d'),
+    return dict(command=' '.join(['python', os.path.relpath(sys.argv[0], root), *sys.argv[1:]]),
+                date=time.strftime('%Y-%m-%d'),
                 commit=git('rev-parse', '--short', 'HEAD') + ', changed' * bool(git('status', '--short', '-uno')),
                 hardware=torch.cuda.get_device_name() if here.kind == 'cuda' else f'{torch.get_num_threads()} threads, {processor}',
                 processes=world, torch=torch.__version__, python=platform.python_version(), knobs=asdict(knobs))

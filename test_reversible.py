@@ -6,7 +6,7 @@ What must be true of the hand-written backward, in about a minute on two CPU cor
 3. these checks can fail: each fault planted in a copy of model.py must be noticed
 4. small: between forward and backward nothing lives that grows with depth, except k bits an element where a = n / 2^k
 
-test_model.py has the rest of what one expects of a GPT.
+tests/test_model.py has the rest of what one expects of a GPT.
 """
 import gc
 import importlib.util

@@ -1,5 +1,5 @@
 """
-What must be true of retrofit.py:  python -m pytest test_retrofit.py
+What must be true of retrofit.py:  python -m pytest tests/test_retrofit.py
 
 The gradients of its students, stored and rebuilt, bit for bit; its own criterion; and the script, as a user runs it.
 """
@@ -89,6 +89,7 @@ def test_no_logits_are_whole_in_memory():
 
 PEAK = """
 import sys, torch
+sys.path.append('tests')
 from model import GPT, GPTConfig
 from test_scripts import knobs_of
 retrofit = knobs_of('retrofit.py', whole=True)

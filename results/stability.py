@@ -1,8 +1,8 @@
 """
 When a scheme is stable, in both directions of depth.
 
-    python stability.py                                                         # the roots of each recurrence
-    python stability.py --trained=out_a/best.pt,out_b/best.pt --json=FILE       # and perturbations in trained models
+    python results/stability.py                                                 # the roots of each recurrence
+    python results/stability.py --trained=out_a/best.pt,out_b/best.pt --json=FILE       # and perturbations in trained models
 
 For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, and what it does to (p_prev, p) is a matrix of
 two rows. Forward a perturbation grows by the largest |r| of its eigenvalues r a layer, backward by the largest 1 / |r|.
@@ -11,12 +11,14 @@ Their product is -a, so both stay at 1 only where |a| = 1: where |a| < 1 it damp
 In a trained model a small random perturbation of the embedding is followed up to the last state, and one of the last two
 states down to the embedding. Both are in float64 without rounding: how much worse errors get, whatever their source.
 """
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))        # the root of the repository
 from configurator import configure
 from model import SCHEMES, advance, rebuild
 from pretrained import build

@@ -1,5 +1,5 @@
 """
-What must be true of pretrained.py and data/text:  python -m pytest test_pretrained.py
+What must be true of pretrained.py and data/text:  python -m pytest tests/test_pretrained.py
 
 Small random models, written here as the public ones are written. Those that compare with transformers and tokenizers
 are skipped where these packages are not installed.

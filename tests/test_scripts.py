@@ -1,5 +1,5 @@
 """
-What must be true of train.py and the configs, as a user runs them:  python -m pytest test_scripts.py
+What must be true of train.py and the configs, as a user runs them:  python -m pytest tests/test_scripts.py
 
 Small models on a small data set made here: resuming, stopping, two processes, and one clear
 sentence, without a traceback, for everything a user can get wrong.
@@ -27,7 +27,7 @@ from configurator import configure, machine
 from model import GPT, GPTConfig
 from runtime import load_checkpoint, save_checkpoint
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,
              dropout=0.1, max_iters=8, warmup_iters=2, eval_interval=4, eval_windows=9, log_interval=1, device='cpu')
 

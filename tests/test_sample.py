@@ -1,5 +1,5 @@
 """
-What must be true of sample.py:  python -m pytest test_sample.py
+What must be true of sample.py:  python -m pytest tests/test_sample.py
 
 That its text is that of a full recomputation, for every scheme, is in test_model.py.
 """

@@ -1,9 +1,9 @@
 """
 The figures in assets/, drawn from what is in results/ by one command:
 
-    pip install matplotlib && python figures.py
+    pip install matplotlib && python assets/figures.py
 
-results/NAME.json, written by bench.py or stability.py, becomes assets/NAME.png. results/loss/SCHEME_h_SEED.csv, the log.csv
+results/NAME.json, written by bench.py or results/stability.py, becomes assets/NAME.png. results/loss/SCHEME_h_SEED.csv, the log.csv
 of runs of config/compare.py, become assets/loss.png.
 """
 import csv
@@ -18,7 +18,7 @@ from collections import defaultdict
 try:
     import matplotlib
 except ImportError:
-    sys.exit('figures.py needs matplotlib: pip install matplotlib')
+    sys.exit('assets/figures.py needs matplotlib: pip install matplotlib')
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
@@ -141,7 +141,7 @@ for path in sorted(glob.glob('results/*.json')):
     with open(path) as file:
         result = json.load(file)
     words = result['command'].split()
-    kind = 'stability' if words[1] == 'stability.py' else words[2]
+    kind = 'stability' if words[1].endswith('stability.py') else words[2]
     if kind in SIZES and result['rows']:
         draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'),
              f"{result['command']} ({result['date']}, commit {result['commit']}, {result['hardware']}, torch {result['torch']})")

@@ -1,5 +1,5 @@
 """
-What one expects of any GPT, of this one too:  python -m pytest test_model.py      (half a minute on two CPU cores)
+What one expects of any GPT, of this one too:  python -m pytest tests/test_model.py      (half a minute on two CPU cores)
 
 The loss, what is not finite, dtypes, frozen weights, causality, GPT-2's architecture and nanoGPT's names, accumulation,
 DistributedDataParallel, torch.compile, sampling. That the backward pass is exact and right is in test_reversible.py.

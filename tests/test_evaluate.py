@@ -1,5 +1,5 @@
 """
-What must be true of evaluate.py:  python -m pytest test_evaluate.py
+What must be true of evaluate.py:  python -m pytest tests/test_evaluate.py
 
 Twenty questions a task, made here in the publishers' formats and served from this machine. The comparison with
 lm-evaluation-harness itself is skipped where lm_eval, transformers and tokenizers are not installed.

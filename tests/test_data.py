@@ -2,7 +2,7 @@
 Tests of data/: downloads from a real server on this machine, which can misbehave, and every prepare script on
 tiny made-up inputs, from its arguments to its last byte. No network.
 
-    pytest test_data.py     # some seconds
+    pytest tests/test_data.py     # some seconds
 
 Some need the BPE files of GPT-2 or the real Tiny Shakespeare in ../shared/data, and are skipped without.
 """
@@ -28,7 +28,7 @@ from data.openwebtext.prepare import held_out, prepare as prepare_openwebtext
 from data.shakespeare.prepare import prepare as prepare_shakespeare
 from data.shakespeare_char.prepare import prepare as prepare_shakespeare_char
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 BODY = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
