@@ -46,7 +46,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build as load
 from pretrained import turn_weights
-from runtime import (all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, recorded_states, say, start,
+from runtime import (adamw, all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, recorded_states, say, start,
                      world)
 
 @dataclass
@@ -160,8 +160,8 @@ def train(model, optimizer, x, y, steps):
     synchronize()
     return time.perf_counter() - began
 
-def adamw(model):
-    return model.optimizer(weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
+def optimizer_of(model):
+    return adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
 
 # -----------------------------------------------------------------------------
 # memory, in bytes
@@ -211,7 +211,7 @@ def needs(name, B, T, steps, **change):
     before = used()
     try:
         model = build(name, block_size=T, **change)
-        optimizer, model = adamw(model), parallel(model, alone)
+        optimizer, model = optimizer_of(model), parallel(model, alone)
         train(model, optimizer, x, y, steps)
         highest = peak() - before
     except torch.OutOfMemoryError:
@@ -257,7 +257,7 @@ def measure():
         loss = None
         found |= dict(activations=peak() - before) if turn else dict(gradients=used() - before)
         if not turn:
-            optimizer, before = adamw(model), used()
+            optimizer, before = optimizer_of(model), used()
             here.scaler.step(optimizer)
             found['optimizer'] = used() - before
     config, kept, stored = model.config, {}, 0
@@ -354,7 +354,7 @@ def take_turns(gigabytes):
                 layers_stored = largest(lambda k: needs(name, sizes[name], T, 2, stored_layers=k), room, knobs.n_layer)
                 changes[name] = dict(stored_layers=layers_stored)
         weights = build('standard')
-        optimizer = adamw(weights)
+        optimizer = optimizer_of(weights)
         models = {name: build(name, weights, **changes[name]) for name in cases if sizes[name]}
         times = {name: [] for name in models}
         for turn in tqdm(range(1 + knobs.repeats), leave=False, disable=not main):

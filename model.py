@@ -2,17 +2,18 @@
 A GPT whose backward pass rebuilds its activations instead of storing them. The whole model is in this file.
 
 GPT-2 adds to its state p what a block computes from it: p_next = p + f(p). From p_next alone p cannot be recovered,
-so backpropagation stores what every layer saw. Now let depth be time, and step with two states instead of one:
+so backpropagation stores what every layer saw. Now let depth be time, and step with two states instead of one, which
+both start as the embedding, p_{-1} = p_0:
 
     p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
     p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() beneath it
 
 The second line is the first one solved for p_prev. So only the last two states are kept. The backward pass walks down
-the layers, evaluates f(p) once per layer, and uses it twice: to rebuild p_prev, and for the gradients.
+the steps, evaluates f(p) once per step, and uses it twice: to rebuild p_prev, and for the gradients. Rounding would make
+rebuilt states drift from the true ones. So states are int64 numbers in fixed point: integers undo an addition exactly.
 
-Read from the top: schemes and config, the transformer, GPT and its forward pass, the backward pass, the states as
-integers, the loss. The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language
-Models for Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. The rest is nanoGPT's.
+The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for Efficient
+Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. The transformer is nanoGPT's, or Llama's.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_config
 
 # -----------------------------------------------------------------------------
-# the schemes: (a, b, c) of the recurrence, from the a and the step size h of a layer
+# the schemes: (a, b, c) of the recurrence, from the settings a and h (the step size) of a layer
 
 SCHEMES = {
     'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
@@ -40,11 +41,12 @@ DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # t
 
 class Coefficients(NamedTuple):
     """
-    Of one step: a = n / 2^bits, b = m / 2^bits, and c. The states are integers, so n and m are whole numbers. bits is 0
-    except in midpoint_a: there a may be a fraction, so each element loses as many bits, which the way back needs.
+    Of one step: a = n / 2^bits, b = m / 2^bits, and c, with whole numbers n and m, because states are integers. bits is 0
+    except in midpoint_a, where a may be a fraction: dividing by 2^bits drops that many low bits of each element, and
+    rebuild() needs them again.
     """
-    n: float        # float states (exact=False): n is a, m is b, bits is 0
-    m: float
+    n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
+    m: int
     c: float
     bits: int
 
@@ -57,17 +59,17 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True                       # in linear layers and layer norms, as GPT-2 has them
-    norm: str = 'layernorm'                 # this and the next six describe GPT-2; Llama has 'rmsnorm',
+    norm: str = 'layernorm'                 # GPT-2's; Llama's is 'rmsnorm'
     norm_eps: float = 1e-5
-    mlp: str = 'gelu'                       # 'swiglu',
-    n_inner: int | None = None              # another width of the MLP; None: 4 * n_embd
-    n_kv_head: int | None = None            # fewer heads for keys and values than for queries; None: n_head
-    rope_theta: float | None = None         # rotary positions to this base; None: learned positions
-    tied: bool = True                       # and sometimes a head of its own, not tied to the embedding
+    mlp: str = 'gelu'                       # GPT-2's; Llama's is 'swiglu'
+    n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
+    n_kv_head: int | None = None            # heads of keys and values, if fewer than those of queries; None: n_head
+    rope_theta: float | None = None         # base of rotary positions (Llama); None: learned positions (GPT-2)
+    tied: bool = True                       # the head and the embedding are one matrix
     scheme: str = 'leapfrog'                # a key of SCHEMES
-    h: float | list | None = None           # step size, a number or one per layer; None: the scheme's DEFAULT_H
+    h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper
-    stored_layers: int | None = None        # so many last layers keep their graph; None: 0, and all of 'standard'
+    stored_layers: int | None = None        # the last ones, which keep their graph; None: 0, and all of 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
 
     def __post_init__(self):
@@ -76,7 +78,7 @@ class GPTConfig:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
         self.h = DEFAULT_H.get(self.scheme) if self.h is None else self.h
         self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
-        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError, in a sentence
+        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if it makes no model
         if self.a == 'random':                                  # paper section 3: E[a] = 0, forward Euler on average
             sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
             a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
@@ -87,8 +89,9 @@ class GPTConfig:
         result = []
         for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (self.a, self.h))):
             a, b, c = SCHEMES[self.scheme](a, h)
-            n, power = float(a).as_integer_ratio() if self.exact else (a, 1)        # in lowest terms: power is one of two
-            result.append(Coefficients(n, int(b * power) if self.exact else b, c, bits=power.bit_length() - 1))
+            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # n odd, over a power of two
+            m = int(b * denominator) if self.exact else b
+            result.append(Coefficients(n, m, c, bits=denominator.bit_length() - 1))
         return result
 
 # -----------------------------------------------------------------------------
@@ -116,8 +119,8 @@ class CausalSelfAttention(nn.Module):
         self.theta, self.dropout = config.rope_theta, config.dropout
 
     def forward(self, x, cache=None):
-        B, T, _ = x.size()                                      # batch, tokens: 12, 1024 in GPT-2
-        first = cache.tokens if cache else 0                    # position of the first token
+        B, T, C = x.size()                                      # sequences, tokens, channels: GPT-2 has T 1024, C 768
+        first = cache.tokens if cache else 0                    # a cache holds earlier keys and values: sample.py
         qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)                            # (B, heads, T, hs)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)               # (B, nh or nkv, T, hs)
         if self.theta is not None:
@@ -140,7 +143,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.c_fc(x)                                        # (B, T, 4C)
+        x = self.c_fc(x)                                        # (B, T, n_inner), twice that if gated
         if self.gated:
             gate, x = x.chunk(2, dim=-1)                        # (B, T, n_inner) each
             x = F.silu(gate) * x                                # SwiGLU, arXiv 2002.05202
@@ -192,14 +195,14 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():            # GPT-2's initialisation
             if name.endswith('bias'):
                 nn.init.zeros_(weight)
-            elif weight.dim() == 2:                             # 2 n_layer outputs are added up into the last state
+            elif weight.dim() == 2:                             # c_proj: GPT-2 adds up the outputs of 2 n_layer of them
                 deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(weight, std=0.02 / deep)
 
     def forward(self, idx, targets=None, criterion=None, cache=None):
         """
-        idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), of which those of -1
-        are left out: (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
+        idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is not counted:
+        (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
         """
         x = self.hidden(idx, cache)                                                         # (B, T, C)
         if targets is None:
@@ -219,27 +222,28 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(torch.arange(first, first + T, device=idx.device))
         x = self.transformer.ln_f(self.integrate(self.transformer.drop(x), cache))
         if cache:
-            cache.tokens, cache.depth = first + T, 0
+            cache.step(T)
         return x
 
-    @torch.compiler.disable     # torch.compile(model) goes around this: it does not trace states that change in place
+    @torch.compiler.disable     # it cannot trace states that change in place; compile() below compiles the parts
     def integrate(self, x, cache=None):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
-        config, grad = self.config, torch.is_grad_enabled()
+        config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
         if config.scheme == 'standard':
             for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
-                x = x + (f(x, cache) if j >= first_stored or not grad else checkpoint(f, x, use_reentrant=False))
+                x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # the states are on the tape; their handles tell autograd which one came from which
+        # The states are on the tape, where autograd does not see them. A handle stands for each, so that autograd calls
+        # backward() once per step, the last one first.
         tape = Tape(x, config.exact, self.recurrence, dropout=config.dropout > 0 and self.training, cache=cache)
-        handle_prev = handle = x                                # the paper leaves p_{-1} open: p_{-1} = p_0 = x
+        handle_prev = handle = x                                # p_{-1} = p_0 = x; the paper leaves p_{-1} open
         for j, f, modules in self.steps():
-            weights = [w for module in modules for w in module.parameters() if grad and w.requires_grad]
+            weights = [w for module in modules for w in module.parameters() if with_grad and w.requires_grad]
             handle_prev, handle = handle, ReversibleStep.apply(
-                handle_prev, handle, tape, f, self.coefficients[j], grad and j >= first_stored, *weights)
-        return handle + tape.last_state(x.dtype)            # the last handle is all zeros: give it its value
+                handle_prev, handle, tape, f, self.coefficients[j], with_grad and j >= first_stored, *weights)
+        return handle + tape.last_state(x.dtype)            # the last handle is all zeros: now it gets its value
 
     def steps(self):
         """(layer, f, the modules with f's weights) of every step, in the order of depth."""
@@ -249,12 +253,15 @@ class GPT(nn.Module):
                 yield j, block.attention, (block.ln_1, block.attn)
                 yield j, block.feedforward, (block.ln_2, block.mlp)
             elif self.config.scheme == 'midpoint_sum' and before:
-                yield j, sum_of(before, block), (before, block)
+                yield j, sum_of(before, block), (before, block)             # p_next - p_prev is what two blocks add
             else:
                 yield j, block, (block,)
 
     def loss(self, x, targets, chunk=1024, criterion=None):
-        """Mean loss of x (B, T, C) from hidden(). A criterion has (logits (N, V), slice of B * T) -> sum of N losses."""
+        """
+        Mean loss of x (B, T, C) from hidden(). A criterion has (logits (N, V), slice of B * T) -> sum of N losses, and
+        must not depend on a number that is added to all logits of a row.
+        """
         def cross_entropy(logits, rows):
             return F.cross_entropy(logits, targets.flatten()[rows], ignore_index=-1, reduction='sum')
         return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, criterion or cross_entropy,
@@ -277,29 +284,22 @@ class GPT(nn.Module):
     def count_parameters(self):
         return sum(weight.numel() for weight in self.parameters())
 
-    def optimizer(self, weight_decay, learning_rate, betas):
-        """AdamW that decays matrices and leaves biases and norms alone."""
-        weights = [w for w in self.parameters() if w.requires_grad]
-        groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
-                  dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, learning_rate, betas, fused=weights[0].device.type == 'cuda')
-
     def generate(self, idx, max_new_tokens, **kwargs):
         """idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields."""
         from sample import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)
 
-def sum_of(f, g):
-    return lambda x, cache=None: f(x, cache) + g(x, cache)
+def sum_of(one, other):
+    return lambda x, cache=None: one(x, cache) + other(x, cache)
 
 # -----------------------------------------------------------------------------
-# the backward pass, written by hand
+# the reversible step, with its backward pass written by hand
 
 class ReversibleStep(torch.autograd.Function):
     """
     One step of the recurrence: handle_next = ReversibleStep.apply(handle_prev, handle, tape, f, ...).
 
-    The states are on the tape. A handle is what autograd sees of a state, (B, T, C) floats whose values nobody reads:
+    The states are on the tape. A handle is what autograd sees of a state, (B, T, C) floats whose values mean nothing:
     the gradient g = dL/dp travels along it. With J = df/dp, the gradients of a step are
 
         g_prev += a * g_next
@@ -308,24 +308,24 @@ class ReversibleStep(torch.autograd.Function):
     backward() returns the right-hand sides, and autograd does the +=. A state is p of one step and p_prev of the next,
     so its handle gets two gradients, which autograd adds; the embedding, p_{-1} and p_0, gets three. The weights are
     arguments so that their gradients leave layer by layer: DistributedDataParallel then sends them while the layers
-    below are still at work, and a frozen embedding changes nothing.
+    below are still at work. They arrive even where the embedding is frozen.
     """
 
     @staticmethod
     def forward(ctx, handle_prev, handle, tape, f, coefficients, store_graph, *weights):
         ctx.tape, ctx.depth, ctx.f, ctx.coefficients, ctx.dtype = tape, tape.depth, f, coefficients, handle.dtype
-        ctx.autocast = autocast_settings(handle.device.type, cache_enabled=not weights)
-        ctx.rng_state = rng(handle.device).get_rng_state() if tape.dropout else None
-        ctx.save_for_backward(*weights)         # copies nothing; autograd complains if they change before backward
-        ctx.slices = []                         # of each slice: the graph of f if it is stored, and the bits cut off
+        ctx.autocast = autocast_settings(handle.device.type, training=bool(weights))
+        ctx.rng_state = tape.generator.get_rng_state() if tape.dropout else None
+        ctx.save_for_backward(*weights)         # no copies; autograd complains if they change before backward
+        ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
         for p_prev, p in tape.slices():                                         # (b, T, C) each: b sequences
             x, fx = evaluate(ctx, p)                                            # p as floats and f(p), (b, T, C) each
             tape.watch(coefficients.c, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
-            ctx.slices.append(((x, fx) if store_graph else None, cut_off))
+            ctx.saved.append(((x, fx) if store_graph else None, cut_off))
             del x, fx                           # and with them the graph, before the next one is built
-        tape.lower, tape.upper = tape.upper, tape.lower     # from (p_prev, p), by now (p_next, p), to (p, p_next)
-        tape.depth += 1
+        # (lower, upper) is (p_next, p) by now: swap them
+        tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth + 1
         return handle.new_zeros(()).expand_as(handle)       # handle_next, (B, T, C) in the memory of one number
 
     @staticmethod
@@ -335,19 +335,20 @@ class ReversibleStep(torch.autograd.Function):
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
         a, b, g, g_weights, device = n / 2**bits, m / 2**bits, torch.empty_like(g_next), None, g_next.device
-        slices = zip(ctx.slices, tape.slices(), g_next.chunk(tape.n_slices), g.chunk(tape.n_slices))
-        with torch.random.fork_rng([device] * (device.type != 'cpu'), tape.dropout, device_type=device.type):
-            if tape.dropout:                    # the same masks again; afterwards the generator is as it was
-                rng(device).set_rng_state(ctx.rng_state)
+        slices = zip(ctx.saved, tape.slices(), g_next.chunk(tape.n_slices), g.chunk(tape.n_slices))
+        devices = [] if device.type == 'cpu' else [device]
+        with torch.random.fork_rng(devices, enabled=tape.dropout, device_type=device.type):     # leaves no trace
+            if tape.dropout:                    # the same masks again
+                tape.generator.set_rng_state(ctx.rng_state)
             for (graph, cut_off), (p, p_next), g_next_s, g_s in slices:         # (b, T, C) each
                 x, fx = graph or evaluate(ctx, p)                               # f(p), once per layer
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
                 c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next_s).to(fx.dtype))   # c * J^T g_next
                 torch.add(c_vjp, g_next_s, alpha=b, out=g_s)                    # g = b * g_next + c * J^T g_next
                 g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
-        tape.lower, tape.upper = tape.upper, tape.lower     # from (p, p_next), by now (p, p_prev), to (p_prev, p)
-        tape.depth = ctx.depth
-        ctx.slices = None                       # the loss may outlive this pass, and would keep them
+        # (lower, upper) is (p, p_prev) by now: swap them
+        tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth
+        ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_prev = g_next if a == 1 else a * g_next
         return g_prev, g, None, None, None, None, *g_weights
 
@@ -361,27 +362,24 @@ def evaluate(ctx, p):
     with torch.enable_grad(), torch.autocast(**ctx.autocast):
         return x, ctx.f(x, ctx.tape.cache)
 
-def autocast_settings(kind, cache_enabled):
-    """Autocast as it is now: backward runs outside of it. Its cache would keep the cast weights of every layer."""
+def autocast_settings(kind, training):
+    """Autocast as it is now, for backward, which runs outside of it. Its cache would keep every layer's cast weights."""
     return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=cache_enabled)
+                cache_enabled=not training)
 
-def rng(device):
-    """The module that holds the random number generator of this kind of device."""
-    return torch if device.type == 'cpu' else torch.get_device_module(device)
-
-SLICE = 8192    # tokens, about, in whole sequences: f sees so many at a time, since its graph takes most of the memory
+SLICE = 8192    # tokens that f sees at a time, about: whole sequences. Its graph takes most of the memory
 
 class Tape:
     """
-    The two states that live. The forward pass moves the pair up the stack, the backward pass down again. Sequences do
-    not see each other in f, so a step goes through the batch in slices, with the graph of f for one at a time.
+    The only two states in memory. The forward pass moves the pair up the stack, the backward pass down again. Sequences
+    do not see each other in f, so a step goes through the batch in slices, with the graph of f for one at a time.
     """
 
     def __init__(self, x, exact, recurrence, dropout, cache):
         dtype = torch.int64 if exact else torch.promote_types(x.dtype, torch.float32)
         self.lower, self.upper, self.depth = to_state(1, x, dtype), to_state(1, x, dtype), 0    # (B, T, C) each
         (self.advance, self.rebuild), self.dropout, self.cache = recurrence, dropout, cache
+        self.generator = torch if x.device.type == 'cpu' else torch.get_device_module(x.device)     # of random numbers
         self.n_slices = 1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE)        # a cache is of the whole batch
         self.extremes = [x.detach().float().abs().max()]
 
@@ -394,7 +392,7 @@ class Tape:
             self.extremes += [c * extreme.float() for extreme in fx.aminmax()]
 
     def last_state(self, dtype):
-        """As floats (B, T, C); NaN if an increment was inf, NaN or beyond 2^31. (A state that gets there wraps unnoticed.)"""
+        """As floats (B, T, C); NaN if an increment was inf, NaN or beyond 2^31. (A state beyond 2^31 wraps unnoticed.)"""
         last, largest = to_float(self.upper, dtype), torch.stack(self.extremes).abs().max()
         self.extremes.clear()
         return last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if self.upper.dtype == torch.int64 else last
@@ -428,7 +426,7 @@ def rebuild(p_next, p, fx, cut_off, coefficients):
     return s
 
 def inverse(n):
-    """1 / n as int64, whose arithmetic is modulo 2^64: there every odd n has an inverse, and what wraps is not lost."""
+    """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there (check_config refuses even ones)."""
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 def to_state(c, x, dtype):
@@ -437,7 +435,7 @@ def to_state(c, x, dtype):
     return x.mul_(c * ONE).round_().long() if dtype == torch.int64 else x.mul_(c)
 
 def to_float(p, dtype):
-    wide = torch.promote_types(dtype, torch.float32)        # float16 ends at 65504, long before 2^32
+    wide = torch.promote_types(dtype, torch.float32)        # p would overflow float16, which ends at 65504
     return (p * torch.tensor(1 / ONE, dtype=wide)).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
 def pack(s, bits):
@@ -458,21 +456,21 @@ def unpack(packed, bits, shape):
 
 def head(weight):
     """
-    The weight (V, C) of the logits as a constant, in autocast's dtype. There it goes without the mean of its rows: that
-    moves all logits of a token alike, which softmax does not see. Near -100, where GPT-2's lie, bfloat16 has steps of
-    0.5: the error of a gradient of retrofit.py falls from 65% to 15% (RESULTS.md).
+    The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, without the mean of its rows. That
+    moves all logits of a token alike: softmax does not see it, and the gradients stay the same. bfloat16 has steps of
+    0.5 near -100, where GPT-2's logits are: a gradient of retrofit.py would be 25% off instead of 8% (RESULTS.md).
     """
     kind, weight = weight.device.type, weight.detach()
-    if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # which autocast leaves alone
+    if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone
         return weight
     return (weight - weight.mean(0)).to(torch.get_autocast_dtype(kind))
 
 class ChunkedLoss(torch.autograd.Function):
     """
-    The sum over chunks of criterion(logits, rows), divided by count. The logits of a chunk are x[rows] @ weight.T, up to
-    a number for each row that softmax does not see; x (N, C), weight (V, C), rows is a slice of N. The gradients of a
-    chunk are computed while its logits are there, so none outlive their chunk and none are computed twice. Sums are
-    in float32 or wider. x is cast by hand: autocast's cache would keep each chunk's gradient.
+    The sum over chunks of criterion(logits, rows), divided by count. The logits of a chunk are x[rows] @ weight.T; x
+    (N, C), weight (V, C), rows is a slice of N. The gradients of a chunk are computed while its logits are there, so none
+    outlive their chunk and none are computed twice. Sums are in float32 or wider. x is cast by hand: autocast's cache
+    would keep the copy of every chunk. with_grad: whether gradients are wanted; in here torch always says no.
     """
 
     @staticmethod

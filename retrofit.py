@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, head
 from pretrained import build, same_tokens
-from runtime import (agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+from runtime import (adamw, agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
                      open_data, open_log, peak_memory, save_checkpoint, say, seed_step, signals, start, training_batch,
                      validation_loss, world)
 
@@ -137,7 +137,7 @@ def tune(name, conversion, bits, sign, seed):
     a = a_at(step, run)
     student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
-    optimizer = student.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
+    optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
     if checkpoint:
         optimizer.load_state_dict(checkpoint['optimizer'])
         if checkpoint['scaler']:            # empty, unless the run was in float16

@@ -128,6 +128,13 @@ def training_batch(data, knobs, step, micro, device):
 # -----------------------------------------------------------------------------
 # a step
 
+def adamw(model, weight_decay, learning_rate, betas):
+    """AdamW that decays matrices and leaves biases and norms alone."""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, learning_rate, betas, fused=weights[0].device.type == 'cuda')
+
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""
     if step < knobs.warmup_iters:

@@ -37,6 +37,8 @@ class Cache:
 
     def extend(self, *new):
         """Keys and values (B, nkv, T, hs) of the next T tokens -> those of all tokens so far."""
+        if self.tokens and new[0].size(2) > 1:
+            raise ValueError('with a past in the cache, give one token at a time')
         if self.depth == len(self.layers):
             self.layers.append([x.new_empty(*x.shape[:2], self.length, x.size(3)) for x in new])
         layer, end = self.layers[self.depth], self.tokens + new[0].size(2)
@@ -44,6 +46,10 @@ class Cache:
             kept[:, :, self.tokens:end] = x.detach()
         self.depth += 1
         return [kept[:, :, :end] for kept in layer]
+
+    def step(self, T):
+        """After a forward pass: T more tokens are in the cache, and the next pass begins at depth 0."""
+        self.tokens, self.depth = self.tokens + T, 0
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, cached=True):

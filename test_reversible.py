@@ -243,8 +243,14 @@ def test_the_example_in_the_readme_learns(capsys):
 FAULTS = {
     'a sign in the inverse': (
         's = p_next.sub_(', 's = p_next.add_(', lambda m: check_exact(m, LEAPFROG)),
+    'b * p added instead of subtracted': (
+        's.sub_(p, alpha=m)', 's.add_(p, alpha=m)', lambda m: check_exact(m, LEAPFROG)),
+    'n not divided by': (
+        's.mul_(inverse(n) if', 's.mul_(1 if', lambda m: check_exact(m, LEAPFROG)),
+    'the pair of states not swapped': (
+        'tape.upper, tape.lower, ctx.depth + 1', 'tape.lower, tape.upper, ctx.depth + 1', lambda m: check_against_autograd(m, LEAPFROG)),
     'another dropout mask': (
-        'rng(device).set_rng_state(ctx.rng_state)', 'pass', lambda m: check_exact(m, LEAPFROG, dropout=0.1)),
+        'tape.generator.set_rng_state(ctx.rng_state)', 'pass', lambda m: check_exact(m, LEAPFROG, dropout=0.1)),
     'the remembered bits lost': (
         '.bitwise_or_(unpack(cut_off, bits, s.shape))', '', lambda m: check_exact(m, SCHEMES[4])),
     'f evaluated again outside autocast': (

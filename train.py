@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build, same_tokens
-from runtime import (agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+from runtime import (adamw, agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
                      open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start, training_batch,
                      validation_loss, world)
 
@@ -107,7 +107,7 @@ if config.block_size < knobs.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
 
 raw_model.to(here.device)
-optimizer = raw_model.optimizer(knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
+optimizer = adamw(raw_model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model'])
     # its moments; weight decay and betas are those of the knobs

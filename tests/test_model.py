@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from pretrained import turn_weights
+from runtime import adamw
 from test_reversible import (LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients,
                              slices_of_one_sequence)
 
@@ -92,7 +93,7 @@ def test_an_increment_that_is_not_finite_reaches_the_loss(scheme, value):
 def test_float16_recovers_with_its_scaler():
     """An overflow in the scaled backward pass skips the step and lowers the scale; then training goes on."""
     model = build(amplify=8, **LEAPFROG)
-    optimizer = model.optimizer(0.1, 1e-3, (0.9, 0.99))
+    optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99))
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**40)
     before = model.transformer.wte.weight.detach().clone()
     for _ in range(40):
@@ -139,7 +140,7 @@ def test_dropout_is_where_gpt2_has_it():
 def test_weight_decay_is_for_matrices():
     model = build(**LEAPFROG)
     model.transformer.wpe.weight.requires_grad_(False)
-    decayed, left = model.optimizer(0.1, 1e-3, (0.9, 0.99)).param_groups
+    decayed, left = adamw(model, 0.1, 1e-3, (0.9, 0.99)).param_groups
     assert (decayed['weight_decay'], left['weight_decay']) == (0.1, 0.0)
     assert len(decayed['params']) == 1 + 4 * L and all(w.dim() == 2 for w in decayed['params'])
     assert len(left['params']) == 2 + 8 * L and all(w.dim() == 1 for w in left['params'])
