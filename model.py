@@ -1,5 +1,5 @@
 """
-A GPT whose backward pass rebuilds its activations instead of storing them. The whole model is in this file.
+A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is in this file.
 
 GPT-2 adds to its state p what a block computes from it: p_next = p + f(p). From p_next alone p cannot be recovered,
 so backpropagation stores what every layer saw. Now let depth be time, and step with two states instead of one, which
@@ -79,7 +79,7 @@ class GPTConfig:
         self.h = DEFAULT_H.get(self.scheme) if self.h is None else self.h
         self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
         check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if it makes no model
-        if self.a == 'random':                                  # paper section 3: E[a] = 0, forward Euler on average
+        if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
             sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
             a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
             self.a = (a * 4).round().div(4).tolist()            # in quarters: two bits per element
@@ -307,7 +307,7 @@ class ReversibleStep(torch.autograd.Function):
 
     backward() returns the right-hand sides, and autograd does the +=. A state is p of one step and p_prev of the next,
     so its handle gets two gradients, which autograd adds; the embedding, p_{-1} and p_0, gets three. The weights are
-    arguments so that their gradients leave layer by layer: DistributedDataParallel then sends them while the layers
+    arguments so that their gradients leave step by step: DistributedDataParallel then sends them while the steps
     below are still at work. They arrive even where the embedding is frozen.
     """
 
@@ -324,7 +324,7 @@ class ReversibleStep(torch.autograd.Function):
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
             del x, fx                           # and with them the graph, before the next one is built
-        # (lower, upper) is (p_next, p) by now: swap them
+        # (lower, upper) was (p_prev, p), is (p_next, p), and shall be (p, p_next)
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth + 1
         return handle.new_zeros(()).expand_as(handle)       # handle_next, (B, T, C) in the memory of one number
 
@@ -341,12 +341,12 @@ class ReversibleStep(torch.autograd.Function):
             if tape.dropout:                    # the same masks again
                 tape.generator.set_rng_state(ctx.rng_state)
             for (graph, cut_off), (p, p_next), g_next_s, g_s in slices:         # (b, T, C) each
-                x, fx = graph or evaluate(ctx, p)                               # f(p), once per layer
+                x, fx = graph or evaluate(ctx, p)                               # f(p), once per step
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
                 c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next_s).to(fx.dtype))   # c * J^T g_next
                 torch.add(c_vjp, g_next_s, alpha=b, out=g_s)                    # g = b * g_next + c * J^T g_next
                 g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
-        # (lower, upper) is (p, p_prev) by now: swap them
+        # (lower, upper) was (p, p_next), is (p, p_prev), and shall be (p_prev, p)
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_prev = g_next if a == 1 else a * g_next
@@ -457,8 +457,8 @@ def unpack(packed, bits, shape):
 def head(weight):
     """
     The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, without the mean of its rows. That
-    moves all logits of a token alike: softmax does not see it, and the gradients stay the same. bfloat16 has steps of
-    0.5 near -100, where GPT-2's logits are: a gradient of retrofit.py would be 25% off instead of 8% (RESULTS.md).
+    moves all logits of a token alike: softmax does not see it, and the gradients stay the same. Logits near -100, as
+    GPT-2's are said to be, have steps of 0.5 in bfloat16; RESULTS.md measures what that does to a retrofit's gradient.
     """
     kind, weight = weight.device.type, weight.detach()
     if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone

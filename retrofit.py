@@ -12,7 +12,7 @@ A trained net is p_next = p + f(p), which is midpoint(a) at a = 0. Consistency w
 
     p_next = a * p_prev + (1 - a) * p + (1 + a) * f(p)          (paper eq. 3.6; the first layer is p + f(p))
 
-With |a| = 2^-k it remembers k bits an element and layer. At a = 1 it remembers nothing, and only then does memory not
+With |a| = 2^-bits it remembers so many bits per element and layer. At a = 1 it remembers nothing, and only then does memory not
 grow with depth: a goes there while the student is tuned to the teacher's distribution, and up to 8 bits are remembered
 on the way. Towards -1, h and the net would vanish. The report has the validation loss, in nats per token, of the teacher
 and of each student before and after.
@@ -174,7 +174,7 @@ def tune(name, conversion, bits, sign, seed):
         lr = cosine(knobs, step)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        seed_step(run, step)
+        seed_step(run, step)                # the step itself is that of train.py, but for the criterion
         loss = 0.0
         for micro in range(accumulation):
             x, y = training_batch(train_data, run, step, micro, here.device)                # (B, T) each

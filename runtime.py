@@ -1,5 +1,6 @@
 """
-What the scripts share around their loops: processes, device and dtype, data, the optimizer step, validation, the log, tables.
+What the scripts share around their loops: processes, device and dtype, data, AdamW and its schedule, checkpoint files,
+validation, the log, tables.
 
 The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
 """
@@ -126,7 +127,7 @@ def training_batch(data, knobs, step, micro, device):
                           for i in range(first, first + knobs.batch_size)], knobs.block_size, device)
 
 # -----------------------------------------------------------------------------
-# a step
+# AdamW, its schedule, and what processes agree on at each step
 
 def adamw(model, weight_decay, learning_rate, betas):
     """AdamW that decays matrices and leaves biases and norms alone."""

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 
 from configurator import configure, machine
-from pretrained import build, ends_of_text, tokenizer, turn_weights
 
 @dataclass
 class Knobs:
@@ -79,6 +78,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
         yield new
 
 if __name__ == '__main__':
+    from pretrained import build, ends_of_text, tokenizer, turn_weights     # here: GPT.generate() needs only what is above
     knobs = configure(Knobs, sys.argv[1:])
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     print(reasons)

@@ -137,6 +137,8 @@ def draw(kind, found, name, about):
     plt.close(figure)
     print(f'assets/{name}.png')
 
+if not os.path.isdir('results'):
+    sys.exit('there is no folder results here: run it from the root of the repository')
 for path in sorted(glob.glob('results/*.json')):
     with open(path) as file:
         result = json.load(file)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))        # the root of the repository
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(ROOT)
 from configurator import configure
 from model import SCHEMES, advance, rebuild
 from pretrained import build
@@ -110,7 +111,7 @@ for path in tqdm([path for path in knobs.trained.split(',') if path], leave=Fals
     except ValueError as error:
         fail(str(error))
     T = model.config.block_size
-    with open(__file__, 'rb') as file:
+    with open(os.path.join(ROOT, 'LICENSE'), 'rb') as file:
         text = torch.tensor(list(file.read()), device=here.device) % model.config.vocab_size
     idx = torch.stack([text.roll(-101 * i).repeat(T // len(text) + 1)[:T] for i in range(knobs.sequences)])
     upward, *downward = perturb(model, idx)
