@@ -46,7 +46,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build as load
 from pretrained import turn_weights
-from runtime import (adamw, all_reduce, fail, leave, local_rank, main, open_table, provenance, rank, recorded_states, say, start,
+from runtime import (adamw, all_reduce, compile_parts, fail, leave, local_rank, main, open_table, provenance, rank, recorded_states, say, start,
                      world)
 
 @dataclass
@@ -126,7 +126,7 @@ def build(name, weights=None, **change):
         model.forward = lambda idx, targets: (None, F.cross_entropy(
             model.lm_head(model.hidden(idx)).flatten(0, 1), targets.flatten()))
     if knobs.compile:
-        model.compile(**MANY_GRAPHS)
+        compile_parts(model, **MANY_GRAPHS)
     return model
 
 # There is a graph for each case and shape, and that many must be asked for. The backward pass has threads of its own: in torch
@@ -436,7 +436,7 @@ def drift():
                             fail(f'{weights} is a standard model, which rebuilds nothing: leave it out')
                         model.config.stored_layers = stored * model.config.n_layer
                         if knobs.compile:
-                            model.compile(**MANY_GRAPHS)
+                            compile_parts(model, **MANY_GRAPHS)
                     x, y = tokens(knobs.batch_size, min(knobs.block_size, model.config.block_size), model.config.vocab_size)
                     results.append(gradients_and_states(model, x, y, dtype))
                 stored, again, rebuilt = results

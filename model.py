@@ -2,8 +2,8 @@
 A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is in this file.
 
 GPT-2 adds to its state p what a block computes from it: p_next = p + f(p). From p_next alone p cannot be recovered,
-so backpropagation stores what every layer saw. Now let depth be time, and step with two states instead of one, which
-both start as the embedding, p_{-1} = p_0:
+so backpropagation stores what every layer saw. Now let depth be time, and step with two states, both the embedding at
+the start:
 
     p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
     p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() beneath it
@@ -41,9 +41,8 @@ DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # t
 
 class Coefficients(NamedTuple):
     """
-    Of one step: a = n / 2^bits, b = m / 2^bits, and c, with whole numbers n and m, because states are integers. bits is 0
-    except in midpoint_a, where a may be a fraction: dividing by 2^bits drops that many low bits of each element, and
-    rebuild() needs them again.
+    Of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0 except in
+    midpoint_a, where a may be a fraction: dividing by 2^bits drops so many bits of each element. rebuild() needs them.
     """
     n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
     m: int
@@ -129,10 +128,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
-        dropout = self.dropout if self.training else 0.0
         # without a past every token sees those before it; with one there is one new token, and it sees all
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=first == 0)    # (B, nh, T, hs)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, T, C): the heads side by side again
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=first == 0)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, nh, T, hs) -> (B, T, C): heads side by side again
         return F.dropout(y, self.dropout, self.training)
 
 class MLP(nn.Module):
@@ -158,7 +156,6 @@ def norm(config):
 
 class Block(nn.Module):
     """nanoGPT's Block minus the residual: f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))), which is paper eq. 2.5."""
-
     def __init__(self, config):
         super().__init__()
         self.ln_1 = norm(config)
@@ -181,7 +178,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.coefficients = config.coefficients()
-        self.recurrence = advance, rebuild                      # compile() replaces both
+        self.recurrence = advance, rebuild                      # runtime.py's compile_parts() replaces both
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
@@ -204,28 +201,26 @@ class GPT(nn.Module):
         idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is not counted:
         (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
         """
-        x = self.hidden(idx, cache)                                                         # (B, T, C)
+        x = self.last_state(idx, cache)                                                     # (B, T, C)
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
+            return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         return None, self.loss(x, targets, criterion=criterion)
 
-    def hidden(self, idx, cache=None):
-        """
-        idx (B, T) tokens -> (B, T, C) after the final norm; lm_head makes logits of them. With a cache, idx goes on
-        where the last call stopped: any number of tokens at first, one at a time from then on.
-        """
+    def hidden(self, idx):
+        """idx (B, T) tokens -> (B, T, C) after the final norm; lm_head makes logits of them."""
+        return self.transformer.ln_f(self.last_state(idx))
+
+    def last_state(self, idx, cache=None):
+        """idx (B, T) tokens -> (B, T, C) before the final norm. With a cache (of sample.py) idx goes on where it ends."""
         first, T = cache.tokens if cache else 0, idx.size(1)
         if first + T > self.config.block_size:
             raise ValueError(f'a sequence of {first + T} tokens is longer than block_size = {self.config.block_size}')
         x = self.transformer.wte(idx)                                                       # (B, T, C)
         if self.config.rope_theta is None:
             x = x + self.transformer.wpe(torch.arange(first, first + T, device=idx.device))
-        x = self.transformer.ln_f(self.integrate(self.transformer.drop(x), cache))
-        if cache:
-            cache.step(T)
-        return x
+        return self.integrate(self.transformer.drop(x), cache)
 
-    @torch.compiler.disable     # it cannot trace states that change in place; compile() below compiles the parts
+    @torch.compiler.disable     # it cannot trace states that change in place; runtime.py compiles the parts
     def integrate(self, x, cache=None):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
@@ -235,15 +230,14 @@ class GPT(nn.Module):
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # The states are on the tape, where autograd does not see them. A handle stands for each, so that autograd calls
-        # backward() once per step, the last one first.
+        # States and their gradients are on the tape. Autograd sees a chain of handles, which are x and then numbers that
+        # mean nothing: they make it call backward() once per step, the last one first.
         tape = Tape(x, config.exact, self.recurrence, dropout=config.dropout > 0 and self.training, cache=cache)
-        handle_prev = handle = x                                # p_{-1} = p_0 = x; the paper leaves p_{-1} open
+        handle = x
         for j, f, modules in self.steps():
             weights = [w for module in modules for w in module.parameters() if with_grad and w.requires_grad]
-            handle_prev, handle = handle, ReversibleStep.apply(
-                handle_prev, handle, tape, f, self.coefficients[j], with_grad and j >= first_stored, *weights)
-        return handle + tape.last_state(x.dtype)            # the last handle is all zeros: now it gets its value
+            handle = ReversibleStep.apply(handle, tape, f, self.coefficients[j], j >= first_stored and with_grad, *weights)
+        return LastState.apply(handle, tape)
 
     def steps(self):
         """(layer, f, the modules with f's weights) of every step, in the order of depth."""
@@ -253,19 +247,22 @@ class GPT(nn.Module):
                 yield j, block.attention, (block.ln_1, block.attn)
                 yield j, block.feedforward, (block.ln_2, block.mlp)
             elif self.config.scheme == 'midpoint_sum' and before:
-                yield j, sum_of(before, block), (before, block)             # p_next - p_prev is what two blocks add
+                # p_next - p_prev is what two blocks add
+                yield j, lambda x, cache=None, f=before, g=block: f(x, cache) + g(x, cache), (before, block)
             else:
                 yield j, block, (block,)
 
     def loss(self, x, targets, chunk=1024, criterion=None):
         """
-        Mean loss of x (B, T, C) from hidden(). A criterion has (logits (N, V), slice of B * T) -> sum of N losses, and
-        must not depend on a number that is added to all logits of a row.
+        Mean loss of x (B, T, C) from last_state(). A criterion has (logits (N, V), slice of B * T) -> sum of N losses,
+        and must not depend on a number that is added to all logits of a row.
         """
         def cross_entropy(logits, rows):
             return F.cross_entropy(logits, targets.flatten()[rows], ignore_index=-1, reduction='sum')
-        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, criterion or cross_entropy,
-                                 (targets != -1).sum(), chunk, torch.is_grad_enabled())
+        norm, with_grad = self.transformer.ln_f, torch.is_grad_enabled()
+        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, norm, criterion or cross_entropy,
+                                 (targets != -1).sum(), chunk, with_grad,
+                                 *(w for w in norm.parameters() if with_grad and w.requires_grad))
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
@@ -273,127 +270,131 @@ class GPT(nn.Module):
         from pretrained import build
         return build(name_or_folder, **overrides)[0]
 
-    def compile(self, **kwargs):
-        """torch.compile of every f, and of the recurrence, a dozen small operations, into one kernel each way."""
-        # with dynamic=None a kernel for all shapes, compiled on the way, may take over between forward and backward
-        for block in self.transformer.h:
-            for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
-                setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))
-        self.recurrence = [torch.compile(f, dynamic=False, **kwargs) for f in (advance, rebuild)]
-
-    def count_parameters(self):
-        return sum(weight.numel() for weight in self.parameters())
-
     def generate(self, idx, max_new_tokens, **kwargs):
         """idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields."""
         from sample import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)
-
-def sum_of(one, other):
-    return lambda x, cache=None: one(x, cache) + other(x, cache)
 
 # -----------------------------------------------------------------------------
 # the reversible step, with its backward pass written by hand
 
 class ReversibleStep(torch.autograd.Function):
     """
-    One step of the recurrence: handle_next = ReversibleStep.apply(handle_prev, handle, tape, f, ...).
+    One step of the recurrence: handle = ReversibleStep.apply(handle, tape, f, coefficients, store_graph, *weights of f).
 
-    The states are on the tape. A handle is what autograd sees of a state, (B, T, C) floats whose values mean nothing:
-    the gradient g = dL/dp travels along it. With J = df/dp, the gradients of a step are
+    The tape has two states, and in the backward pass their gradients g = dL/dp too. With J = df/dp, a step adds
 
         g_prev += a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    backward() returns the right-hand sides, and autograd does the +=. A state is p of one step and p_prev of the next,
-    so its handle gets two gradients, which autograd adds; the embedding, p_{-1} and p_0, gets three. The weights are
-    arguments so that their gradients leave step by step: DistributedDataParallel then sends them while the steps
-    below are still at work. They arrive even where the embedding is frozen.
+    (+=, since a state is p of one step and p_prev of the next). The weights are arguments so that their gradients leave
+    step by step, even where the embedding is frozen: DistributedDataParallel sends them while others are computed.
     """
 
     @staticmethod
-    def forward(ctx, handle_prev, handle, tape, f, coefficients, store_graph, *weights):
-        ctx.tape, ctx.depth, ctx.f, ctx.coefficients, ctx.dtype = tape, tape.depth, f, coefficients, handle.dtype
-        ctx.autocast = autocast_settings(handle.device.type, training=bool(weights))
+    def forward(ctx, handle, tape, f, coefficients, store_graph, *weights):
+        ctx.tape, ctx.depth, ctx.f, ctx.coefficients = tape, tape.depth, f, coefficients
+        ctx.autocast = tape.autocast(training=bool(weights))
         ctx.rng_state = tape.generator.get_rng_state() if tape.dropout else None
         ctx.save_for_backward(*weights)         # no copies; autograd complains if they change before backward
         ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
-        for p_prev, p in tape.slices():                                         # (b, T, C) each: b sequences
+        for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (b, T, C) each: b sequences
             x, fx = evaluate(ctx, p)                                            # p as floats and f(p), (b, T, C) each
             tape.watch(coefficients.c, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
             del x, fx                           # and with them the graph, before the next one is built
-        # (lower, upper) was (p_prev, p), is (p_next, p), and shall be (p, p_next)
+        # lower, upper: p_prev, p before the loop; p_next, p after it
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth + 1
-        return handle.new_zeros(()).expand_as(handle)       # handle_next, (B, T, C) in the memory of one number
+        return handle.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_next):
+    def backward(ctx, zero):
         tape, weights, (n, m, c, bits) = ctx.tape, ctx.saved_tensors, ctx.coefficients
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
-        a, b, g, g_weights, device = n / 2**bits, m / 2**bits, torch.empty_like(g_next), None, g_next.device
-        slices = zip(ctx.saved, tape.slices(), g_next.chunk(tape.n_slices), g.chunk(tape.n_slices))
-        devices = [] if device.type == 'cpu' else [device]
-        with torch.random.fork_rng(devices, enabled=tape.dropout, device_type=device.type):     # leaves no trace
+        a, b, g_weights = n / 2**bits, m / 2**bits, None
+        devices = [] if tape.kind == 'cpu' else [zero.device]
+        if tape.g_lower is None:                # the last step is the first to add to the gradient of its p
+            tape.g_lower = torch.zeros_like(tape.g_upper)
+        with torch.random.fork_rng(devices, enabled=tape.dropout, device_type=tape.kind):     # leaves no trace
             if tape.dropout:                    # the same masks again
                 tape.generator.set_rng_state(ctx.rng_state)
-            for (graph, cut_off), (p, p_next), g_next_s, g_s in slices:         # (b, T, C) each
+            slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
+            for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (b, T, C) each
                 x, fx = graph or evaluate(ctx, p)                               # f(p), once per step
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
-                c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next_s).to(fx.dtype))   # c * J^T g_next
-                torch.add(c_vjp, g_next_s, alpha=b, out=g_s)                    # g = b * g_next + c * J^T g_next
+                c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next).to(fx.dtype))     # c * J^T g_next
+                g += c_vjp.add_(g_next, alpha=b)                                # g += b * g_next + c * J^T g_next
+                if a != 1: g_next *= a                                          # g_prev, in the memory of g_next
                 g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
-        # (lower, upper) was (p, p_next), is (p, p_prev), and shall be (p_prev, p)
+        # lower, upper: p, p_next before the loop; p, p_prev after it. Likewise their gradients
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth
+        tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
-        g_prev = g_next if a == 1 else a * g_next
-        return g_prev, g, None, None, None, None, *g_weights
+        g_handle = zero
+        if ctx.depth == 0:                      # x is p_{-1} and p_0. Nothing stays on the tape, for the same reason
+            g_handle = tape.g_upper.add_(tape.g_lower)
+            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None
+        return g_handle, None, None, None, None, *g_weights
+
+class LastState(torch.autograd.Function):
+    """The last handle -> the last state (B, T, C), as floats. backward() puts its gradient on the tape."""
+
+    @staticmethod
+    def forward(ctx, handle, tape):
+        ctx.tape = tape
+        return tape.last_state()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.tape.g_upper = g.clone()            # autograd may still need its own, and the steps change ours in place
+        return g.new_zeros(()), None
 
 def evaluate(ctx, p):
     """
-    The state p (b, T, C) as floats x, f(x), and the graph between them. Forward needs f(x) alone, but builds that graph
-    too, and drops it at once: backward must get the same bits from f again, and where no gradient is wanted attention
-    and torch.compile may choose other kernels, which round differently.
+    The state p (b, T, C) as floats x, f(x), and the graph between them. Forward drops that graph at once, and builds it
+    all the same: backward must get the same bits from f again, and where no gradient is wanted attention and
+    torch.compile may choose other kernels, which round differently.
     """
-    x = to_float(p, ctx.dtype).requires_grad_()
+    x = to_float(p, ctx.tape.dtype).requires_grad_()
     with torch.enable_grad(), torch.autocast(**ctx.autocast):
         return x, ctx.f(x, ctx.tape.cache)
-
-def autocast_settings(kind, training):
-    """Autocast as it is now, for backward, which runs outside of it. Its cache would keep every layer's cast weights."""
-    return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=not training)
 
 SLICE = 8192    # tokens that f sees at a time, about: whole sequences. Its graph takes most of the memory
 
 class Tape:
     """
-    The only two states in memory. The forward pass moves the pair up the stack, the backward pass down again. Sequences
-    do not see each other in f, so a step goes through the batch in slices, with the graph of f for one at a time.
+    The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
+    down again. Sequences do not see each other in f, so a step takes the batch in slices, with the graph of f for one.
     """
-
     def __init__(self, x, exact, recurrence, dropout, cache):
-        dtype = torch.int64 if exact else torch.promote_types(x.dtype, torch.float32)
-        self.lower, self.upper, self.depth = to_state(1, x, dtype), to_state(1, x, dtype), 0    # (B, T, C) each
+        self.lower = to_state(1, x, torch.int64 if exact else torch.promote_types(x.dtype, torch.float32))
+        self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper leaves p_{-1} open: it is p_0 here
+        self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
         (self.advance, self.rebuild), self.dropout, self.cache = recurrence, dropout, cache
-        self.generator = torch if x.device.type == 'cpu' else torch.get_device_module(x.device)     # of random numbers
+        self.kind = x.device.type
+        self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
         self.n_slices = 1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE)        # a cache is of the whole batch
         self.extremes = [x.detach().float().abs().max()]
 
-    def slices(self):
-        return zip(self.lower.chunk(self.n_slices), self.upper.chunk(self.n_slices))
+    def slices(self, *tensors):
+        return zip(*(x.chunk(self.n_slices) for x in tensors))
+
+    def autocast(self, training):
+        """As it is now, for backward, which runs outside of it. Its cache would keep every layer's cast weights."""
+        return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not training,
+                    enabled=torch.is_autocast_enabled(self.kind))
 
     def watch(self, c, fx):
         """Integers know neither inf nor NaN, so the largest increments are remembered as floats."""
         if self.lower.dtype == torch.int64:
             self.extremes += [c * extreme.float() for extreme in fx.aminmax()]
 
-    def last_state(self, dtype):
-        """As floats (B, T, C); NaN if an increment was inf, NaN or beyond 2^31. (A state beyond 2^31 wraps unnoticed.)"""
-        last, largest = to_float(self.upper, dtype), torch.stack(self.extremes).abs().max()
+    def last_state(self):
+        """As floats (B, T, C); NaN if an increment was inf, NaN or beyond 2^31. A state beyond 2^31 wraps unnoticed."""
+        last, largest = to_float(self.upper, self.dtype), torch.stack(self.extremes).abs().max()
         self.extremes.clear()
         return last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if self.upper.dtype == torch.int64 else last
 
@@ -467,34 +468,33 @@ def head(weight):
 
 class ChunkedLoss(torch.autograd.Function):
     """
-    The sum over chunks of criterion(logits, rows), divided by count. The logits of a chunk are x[rows] @ weight.T; x
-    (N, C), weight (V, C), rows is a slice of N. The gradients of a chunk are computed while its logits are there, so none
-    outlive their chunk and none are computed twice. Sums are in float32 or wider. x is cast by hand: autocast's cache
-    would keep the copy of every chunk. with_grad: whether gradients are wanted; in here torch always says no.
+    The sum over chunks of criterion(logits, rows), divided by count. The logits of a chunk are norm(x[rows]) @ weight.T;
+    x (N, C), weight (V, C), rows is a slice of N. The gradients of a chunk are computed while its logits are there, so
+    none outlive their chunk and none are computed twice. Sums are in float32 or wider.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, criterion, count, chunk, with_grad):
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def forward(ctx, x, weight, norm, criterion, count, chunk, with_grad, *norm_weights):
+        w, wide = head(weight), torch.promote_types(x.dtype, torch.float32)
+        leaves = [w.requires_grad_(), *norm_weights] if with_grad and weight.requires_grad else norm_weights
         total = torch.zeros((), dtype=wide, device=x.device)
-        grad_x = torch.zeros_like(x, dtype=wide) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad and weight.requires_grad else None
-        w = head(weight).requires_grad_(grad_weight is not None)
+        grad_x = torch.empty_like(x, dtype=wide) if with_grad else None
+        grads = [torch.zeros_like(leaf, dtype=wide) for leaf in leaves]
         for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
             with torch.set_grad_enabled(with_grad):
                 x_i = x[rows].detach().requires_grad_(with_grad)
-                loss = criterion(F.linear(x_i.to(w.dtype), w).to(wide), rows)               # logits (chunk, V)
+                loss = criterion(F.linear(norm(x_i), w).to(wide), rows)                     # logits (chunk, V)
             total += loss.detach()
             if with_grad:
-                grad_x[rows], *g_w = torch.autograd.grad(loss, [x_i] + [w] * w.requires_grad)
-                if g_w:
-                    grad_weight += g_w[0]
+                grad_x[rows], *new = torch.autograd.grad(loss, (x_i, *leaves))
+                for grad, g in zip(grads, new):
+                    grad += g
         if with_grad:
-            ctx.save_for_backward(*(None if g is None else g.div_(count) for g in (grad_x, grad_weight)))
+            ctx.save_for_backward(*(g.div_(count) for g in (grad_x, *grads)))
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        grad_x, grad_weight = ctx.saved_tensors
-        return g * grad_x, None if grad_weight is None else g * grad_weight, None, None, None, None
+        grad_x, *grads = (g * grad for grad in ctx.saved_tensors)
+        return grad_x, grads.pop(0) if ctx.needs_input_grad[1] else None, None, None, None, None, None, *grads

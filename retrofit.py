@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, head
 from pretrained import build, same_tokens
-from runtime import (adamw, agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
                      open_data, open_log, peak_memory, save_checkpoint, say, seed_step, signals, start, training_batch,
                      validation_loss, world)
 
@@ -147,7 +147,7 @@ def tune(name, conversion, bits, sign, seed):
         say(f'{name}: {remembered(student)} bits an element and layer, validation loss {before:.4f} before tuning')
     checkpoint = None                       # free its memory
     if knobs.compile:
-        student.compile()
+        compile_parts(student)
     model = student
     if world > 1:
         model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None)
@@ -274,7 +274,7 @@ if knobs.block_size > teacher.config.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.teacher} sees {teacher.config.block_size} tokens at most')
 teacher.to(here.device).requires_grad_(False)
 if knobs.compile:
-    teacher.compile()
+    compile_parts(teacher)
 
 # what is tuned, and what is only measured beside it
 students = ([(conversion, 0, 1) for conversion in ('midpoint_a', 'midpoint_sum', 'symplectic')]
@@ -284,7 +284,7 @@ others = [(k, sign) for k, sign in ((0, 1), (1, 1), (1, -1), (2, 1), (2, -1), (4
           if k == 0 or ('midpoint_a', k, sign) not in students]
 
 teacher_loss = validation_loss(teacher, val_data, knobs, here)
-say(f'{knobs.teacher}: {teacher.count_parameters():,} parameters, validation loss {teacher_loss:.4f}')
+say(f'{knobs.teacher}: {count_parameters(teacher):,} parameters, validation loss {teacher_loss:.4f}')
 table = [('teacher, not reversible', 'all', teacher_loss, None)]
 for conversion, k, sign in students:
     title = {'midpoint_a': f'midpoint(a), a = {sign / 2**k:g}' if k else

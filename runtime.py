@@ -26,6 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import machine
+from model import advance, rebuild
 
 # -----------------------------------------------------------------------------
 # processes
@@ -135,6 +136,17 @@ def adamw(model, weight_decay, learning_rate, betas):
     groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
               dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, learning_rate, betas, fused=weights[0].device.type == 'cuda')
+
+def count_parameters(model):
+    return sum(weight.numel() for weight in model.parameters())
+
+def compile_parts(model, **kwargs):
+    """torch.compile of every f of a GPT, and of the recurrence, a dozen small operations, into one kernel each way."""
+    # with dynamic=None a kernel for all shapes, compiled on the way, may take over between forward and backward
+    for block in model.transformer.h:
+        for name in ('attention', 'feedforward') if model.config.scheme == 'symplectic' else ('forward',):
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))
+    model.recurrence = [torch.compile(f, dynamic=False, **kwargs) for f in (advance, rebuild)]
 
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""
@@ -249,13 +261,16 @@ def recorded_states(step):
     """(forward, rebuilt) for model.py's ReversibleStep: p_prev of each step as it goes up, and as it is rebuilt on the way down."""
     forward, backward, up, down = step.forward, step.backward, [], []
 
-    def recording_forward(ctx, handle_prev, handle, tape, *args):
+    def recording_forward(ctx, handle, tape, *args):
         up.append(tape.lower.clone())
-        return forward(ctx, handle_prev, handle, tape, *args)
+        return forward(ctx, handle, tape, *args)
 
-    def recording_backward(ctx, g_next):
-        tape, result = ctx.tape, backward(ctx, g_next)
-        down.append(tape.lower.clone())
+    def recording_backward(ctx, zero):
+        slices, rebuild = [], ctx.tape.rebuild
+        ctx.tape.rebuild = lambda *args: slices.append(rebuild(*args).clone())
+        result = backward(ctx, zero)
+        ctx.tape.rebuild = rebuild
+        down.append(torch.cat(slices))
         return result
 
     step.forward, step.backward = staticmethod(recording_forward), staticmethod(recording_backward)

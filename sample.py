@@ -63,6 +63,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
     for _ in range(max_new_tokens):
         if cached and idx.size(1) <= block_size:
             logits = model(new, cache=cache)[0]
+            cache.step(new.size(1))
         else:
             logits = model(idx[:, -block_size:])[0]
         logits = logits[:, -1, :vocab_size]                                             # (B, V)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build, same_tokens
-from runtime import (adamw, agree, all_reduce, catch_signals, cosine, duration, fail, leave, load_checkpoint, local_rank, main,
+from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
                      open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start, training_batch,
                      validation_loss, world)
 
@@ -119,7 +119,7 @@ if checkpoint:
 if all_reduce(step)[0] != step * world:
     fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
 if knobs.compile:
-    raw_model.compile()
+    compile_parts(raw_model)
 model = raw_model
 if world > 1:
     model = DistributedDataParallel(raw_model, device_ids=[local_rank] if here.kind == 'cuda' else None)
@@ -140,7 +140,7 @@ peak_flops = (PEAK_FLOPS.get(torch.cuda.get_device_name())
 # time in the backward pass is not counted, so that schemes compare
 lookups = [raw_model.get_parameter(f'transformer.{name}.weight').numel()         # tables that multiply nothing
            for name, there in (('wpe', config.rope_theta is None), ('wte', not config.tied)) if there]
-flops_per_token = (6 * (raw_model.count_parameters() - sum(lookups))
+flops_per_token = (6 * (count_parameters(raw_model) - sum(lookups))
                    + 12 * config.n_layer * config.n_embd * knobs.block_size)
 
 # -----------------------------------------------------------------------------
@@ -149,7 +149,7 @@ flops_per_token = (6 * (raw_model.count_parameters() - sum(lookups))
 record = open_log(knobs.out_dir, ['step', 'loss', 'lr', 'grad_norm', 'tokens_per_s', 'peak_gb', 'mfu', 'val_loss'], step)
 catch_signals()
 tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
-say(f'{raw_model.count_parameters():,} parameters, scheme {config.scheme}, '
+say(f'{count_parameters(raw_model):,} parameters, scheme {config.scheme}, '
     f'{config.stored_layers} of {config.n_layer} layers stored')
 say(f'{tokens_per_step:,} tokens a step: {world} processes x {knobs.gradient_accumulation_steps // world} '
     f'micro-batches x {knobs.batch_size} x {knobs.block_size}')

@@ -31,11 +31,11 @@ def test_chunked_loss_equals_the_plain_one(chunk, frozen):
     for plain in (True, False):
         x = torch.randn(B, T, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         if plain:
-            loss = F.cross_entropy(model.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(model.lm_head(model.transformer.ln_f(x)).flatten(0, 1), targets.flatten(), ignore_index=-1)
         else:
             loss = model.loss(x, targets, chunk)
         (3 * loss).backward()
-        results.append((loss.detach(), x.grad, model.lm_head.weight.grad))
+        results.append((loss.detach(), x.grad, model.lm_head.weight.grad, *(w.grad for w in model.transformer.ln_f.parameters())))
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch.testing.assert_close(model.loss(x, targets, chunk), loss.detach(), rtol=1e-5, atol=0)
@@ -72,7 +72,7 @@ def test_no_chunk_of_the_loss_outlives_itself_in_autocast():
         return F.cross_entropy(logits, targets.flatten()[rows], reduction='sum')
 
     with torch.autocast('cpu', torch.bfloat16):
-        model.loss(model.hidden(idx), targets, chunk=7, criterion=criterion)
+        model.loss(model.last_state(idx), targets, chunk=7, criterion=criterion)
         assert len(chunks) > 2 and not any(chunk() is not None for chunk in chunks)
 
 FLOATS = [dict(scheme='standard'), *[dict(scheme, exact=False) for scheme in SCHEMES[:4]]]
