@@ -6,6 +6,7 @@ The names are those of their knobs. Every process runs the same lines; those tha
 """
 import csv
 import gc
+import inspect
 import json
 import math
 import os
@@ -15,14 +16,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from configurator import machine
@@ -148,6 +154,13 @@ def compile_parts(model, **kwargs):
             setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))
     model.recurrence = [torch.compile(f, dynamic=False, **kwargs) for f in (advance, rebuild)]
 
+def many_graphs():
+    """For compile_parts(): allows a graph for each of many models and shapes."""
+    # The backward pass has threads of its own: in torch 2.11 the setting holds in all of them, in 2.13 in this one alone, but
+    # the argument, which 2.11 lacks, in all.
+    torch.compiler.config.recompile_limit = 1000
+    return {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""
     if step < knobs.warmup_iters:
@@ -252,6 +265,86 @@ def open_log(folder, columns, step):
             with open(path, 'a', newline='') as file:
                 csv.DictWriter(file, columns).writerow(values)
     return record
+
+# -----------------------------------------------------------------------------
+# memory and work, counted
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+class Count(TorchDispatchMode):
+    """
+    Follows the storage of every tensor from its birth to its end, and adds up the operations of matrix products and
+    attention (a multiplication and an addition are two). Under FakeTensorMode nothing is computed or allocated, so that
+    any size can be counted anywhere, and the numbers are the same. What an allocator, CUDA and kernels take besides is
+    not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.alive, self.marks, self.clock, self.work = [], {}, [], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, op = func(*args, **(kwargs or {})), func.overloadpacket
+        if op in flop_registry:
+            self.work += flop_registry[op](*args, **(kwargs or {}), out_val=result)
+        elif op in ATTENTION:                   # whose arguments begin with q, k, v; those of its backward with their gradient
+            shapes = [x.shape for x in args[:3 + (op is ATTENTION[1])]]
+            self.work += (sdpa_flop_count if op is ATTENTION[0] else sdpa_backward_flop_count)(*shapes)
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
+                self.clock += 1
+                self.alive[key] = entry = SimpleNamespace(size=x.untyped_storage().nbytes(), born=self.clock, died=math.inf,
+                                                          kind='activations')
+                self.storages.append(entry)
+                weakref.finalize(x.untyped_storage(), self.end, key).atexit = False
+        return result
+
+    def end(self, key):
+        self.clock += 1
+        self.alive.pop(key).died = self.clock
+
+    def mark(self, kind, tensors=()):
+        """What these tensors are. The time of the mark is kept too."""
+        self.marks.append((kind, self.clock))
+        for x in tensors:
+            self.alive[x.untyped_storage()._cdata].kind = kind
+
+    def curve(self, *kinds):
+        """Live bytes at every time, from 0 on: of these kinds, or of all."""
+        change = np.zeros(self.clock + 2, np.int64)
+        for entry in self.storages:
+            if not kinds or entry.kind in kinds:
+                change[entry.born] += entry.size
+                change[min(entry.died, self.clock + 1)] -= entry.size
+        return change[:-1].cumsum()
+
+    def at(self, time):
+        """Live bytes at this time by kind."""
+        kinds = dict.fromkeys(('weights', 'gradients', 'optimizer', 'activations'), 0)
+        for entry in self.storages:
+            kinds[entry.kind] += entry.size * (entry.born <= time < entry.died)
+        return kinds
+
+def count_two_steps(build, B, T, dtype, fake=True):
+    """The Count of two steps of AdamW on B sequences of T tokens, with the model that build() makes, on a CPU."""
+    with (FakeTensorMode() if fake else nullcontext()), Count() as count:
+        model = build()
+        count.mark('weights', model.parameters())
+        optimizer = adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
+        idx = torch.zeros(B, T, dtype=torch.long)
+        for _ in range(2):
+            count.work = 0
+            with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+                loss = model(idx, idx)[1]
+            count.mark('backward')
+            loss.backward()
+            loss = None
+            count.mark('gradients', (w.grad for w in model.parameters() if w.grad is not None))
+            optimizer.step()
+            count.mark('optimizer', (x for state in optimizer.state.values() for x in state.values()))
+            optimizer.zero_grad(set_to_none=True)
+            count.mark('step')
+    return count
 
 # -----------------------------------------------------------------------------
 # what bench.py and results/stability.py find

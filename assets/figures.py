@@ -34,20 +34,33 @@ def style(case):
     return dict(color=color(case), linestyle={'half': '--', 'all': ':', 'float': '-.'}.get(case.split('/')[-1], '-'))
 
 def depth(rows, axes):
-    rows = [row for row in rows if 'found' in row]          # the others did not fit
     for row in rows:
-        axes[0].plot(row['layers'], [found['activations'] / 1e6 for found in row['found']], label=row['case'], marker='.',
-                     **style(row['case']))
-    axes[0].set(xlabel='layers', ylabel='MB above weights, gradients and optimizer', title='memory of a step', ylim=0)
-    axes[0].legend(fontsize=7)
-    names = [row['case'] for row in rows]
-    axes[1].barh(names, [row['activations MB'] for row in rows], color=[color(name) for name in names])
-    axes[1].plot([row['predicted'] for row in rows], names, 'r|', markersize=9)
-    axes[1].set(xlabel='MB a layer', title='slope: bars are measured, red is predicted')
-    axes[1].invert_yaxis()
+        axes.plot(row['layers'], [row[f'{n} layers'] for n in row['layers']], marker='.', **style(row['case']))
+        axes.annotate(row['case'], (row['layers'][-1], row[f"{row['layers'][-1]} layers"]), xytext=(4, 0),
+                      textcoords='offset points', va='center', color=color(row['case']), annotation_clip=False)
+    axes.set(xlabel='layers', ylabel='MB of activations', ylim=(0, 2.2 * rows[1][f"{rows[1]['layers'][-1]} layers"]))
+
+def curve(rows, axes):
+    for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
+        for row in [row for row in rows if row['layers'] == n]:
+            places = [i / len(row['highest']) for i in range(len(row['highest']))]
+            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), alpha=0.8, linewidth=0,
+                              label=f"{row['case']}: {row['peak MB'] / 1e3:.1f} GB")
+        axis.set(title=f'{n} layers', xlabel='one step: forward, backward, optimizer', ylabel='GB above weights and AdamW', xticks=[])
+        axis.legend()
+
+def frontier(rows, axes):
+    for name in dict.fromkeys(row['case'] for row in rows):
+        points = [(row['work'], row['MB per sequence']) for row in rows if row['case'] == name]
+        label = {'standard': 'standard, the rest checkpointed'}.get(name, name)
+        axes.plot(*zip(*points), marker='o', color=color(name), label=label)
+    axes.set(xlabel='work of a step, standard = 1', ylabel='MB per sequence', ylim=0, title=f"{rows[0]['layers']} layers")
+    axes.legend()
 
 def batch(rows, axes):
     key = 'batch' if 'batch' in rows[0] else 'length'
+    if len({row['layers'] for row in rows}) > 1:            # one budget, and models of several depths
+        rows = [dict(row, GB=row['layers']) for row in rows]
     budgets = sorted({row['GB'] for row in rows})
     names = list(dict.fromkeys(row['case'] for row in rows))
     for i, name in enumerate(names):
@@ -59,7 +72,7 @@ def batch(rows, axes):
             axes.plot([budgets.index(gb) + 0.8 * i / len(names) for gb in paper], paper.values(), 'r_', markersize=12,
                       label=f"the paper's {name}")
     axes.set(yscale='log', ylabel=f'largest {key}' + ', tokens' * (key == 'length'), title='under a budget of memory')
-    axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g} GB' for gb in budgets])
+    axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g}' for gb in budgets])
     axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
 
 def throughput(rows, axes):
@@ -124,7 +137,7 @@ def loss(paths, axes):
     axes[1].invert_yaxis()
     axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
 
-SIZES = dict(depth=(1, 2, 10, 4.5), batch=(1, 1, 8, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5), stability=(2, 4, 13, 6),
+SIZES = dict(depth=(1, 1, 7, 4), curve=(1, 2, 10, 4), frontier=(1, 1, 6, 4), batch=(1, 1, 8, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5), stability=(2, 4, 13, 6),
              loss=(1, 2, 11, 4.5))
 
 def draw(kind, found, name, about):
@@ -143,7 +156,7 @@ for path in sorted(glob.glob('results/*.json')):
     with open(path) as file:
         result = json.load(file)
     words = result['command'].split()
-    kind = 'stability' if words[1].endswith('stability.py') else words[2]
+    kind = words[2] if words[1] == 'bench.py' else os.path.basename(words[1]).removesuffix('.py')
     if kind in SIZES and result['rows']:
         draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'),
              f"{result['command']} ({result['date']}, commit {result['commit']}, {result['hardware']}, torch {result['torch']})")
