@@ -115,6 +115,8 @@ if mode in ('batch', 'length') and not budgets or not all(isinstance(gb, (int, f
 if world > 1 and mode not in ('batch', 'throughput'):
     sys.exit(f'{mode} measures one process: start it without torchrun')
 here = start(knobs)
+if knobs.compile and here.kind != 'cuda' and (mode != 'throughput' or budgets):
+    fail('what is counted is not compiled: leave --compile out')
 
 # -----------------------------------------------------------------------------
 # models, tokens, a step

@@ -19,7 +19,7 @@ import time
 import weakref
 import zipfile
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tqdm import tqdm
 
 from configurator import machine
-from model import advance, rebuild
+from model import GPT, advance, rebuild
 
 # -----------------------------------------------------------------------------
 # processes
@@ -345,6 +345,35 @@ def count_two_steps(build, B, T, dtype, fake=True):
             optimizer.zero_grad(set_to_none=True)
             count.mark('step')
     return count
+
+def most_stored_layers(config, knobs, here):
+    """The most layers whose graphs can be stored if a process may use memory_gb, by the count of its micro-batches."""
+    if knobs.memory_gb is None and here.kind != 'cuda':
+        fail("stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16")
+    # what is left is for CUDA itself, work spaces of kernels and gaps between tensors
+    gigabytes = knobs.memory_gb or 0.9 * torch.cuda.get_device_properties(here.device).total_memory / 1e9
+
+    def needs(stored_layers, B=knobs.batch_size):
+        model = replace(config, stored_layers=stored_layers)
+        peak = count_two_steps(lambda: GPT(model), B, knobs.block_size, here.dtype).curve().max()
+        with torch.device('meta'):              # DistributedDataParallel keeps a second copy of the gradients
+            return int(peak + 4 * count_parameters(GPT(model)) * (world > 1)) / 1e9
+
+    def most(needs, fits, fails):
+        """The largest n from fits on, and below fails, for which needs(n) gigabytes are there."""
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if needs(middle) <= gigabytes else (fits, middle)
+        return fits
+
+    if (least := needs(0)) > gigabytes:
+        batch = most(lambda B: needs(0, B), 0, knobs.batch_size)
+        fail(f'batch_size = {knobs.batch_size} needs {least:.3g} GB even with no layer stored, and memory_gb is {gigabytes:.3g}: '
+             + (f'--batch_size={batch} fits' if batch else 'not even --batch_size=1 fits'))
+    layers = most(needs, 0, config.n_layer + 1)
+    say(f'stored_layers = {layers} of {config.n_layer}: {needs(layers):.3g} GB are counted, of {gigabytes:.3g} GB'
+        + (f', and {layers + 1} would need {needs(layers + 1):.3g}' if layers < config.n_layer else ''))
+    return layers
 
 # -----------------------------------------------------------------------------
 # what bench.py and results/stability.py find

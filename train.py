@@ -25,12 +25,14 @@ from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
-                     open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start, training_batch,
-                     validation_loss, world)
+                     most_stored_layers, open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start,
+                     training_batch, validation_loss, world)
 
 @dataclass
-class Knobs(GPTConfig):                     # all fields of GPTConfig in model.py are knobs too; two have another default
+class Knobs(GPTConfig):                     # all fields of GPTConfig in model.py are knobs too
     vocab_size: int | None = None           # None: what the data needs, rounded up to a multiple of 64
+    stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
+    memory_gb: float | None = None          # None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
@@ -72,14 +74,17 @@ meta, train_data, val_data = open_data(knobs)
 # model, optimizer, checkpoint
 
 FIELDS = {field.name for field in fields(GPTConfig)}
-PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, stored_layers=knobs.stored_layers)     # may change on the way
+auto = knobs.stored_layers == 'auto'
+if isinstance(knobs.stored_layers, str) and not auto:
+    fail(f"stored_layers = '{knobs.stored_layers}': give a number, None or 'auto'")
+PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, stored_layers=None if auto else knobs.stored_layers)  # may change
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
 try:
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
-        raw_model = GPT(GPTConfig(**{name: getattr(knobs, name) for name in FIELDS - {'vocab_size'}}, vocab_size=vocab_size))
+        raw_model = GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, **PASSING, 'vocab_size': vocab_size}))
     elif knobs.init_from == 'resume':
         checkpoint = load_checkpoint(last)
         if 'knobs' not in checkpoint:
@@ -105,6 +110,9 @@ if config.vocab_size < meta['vocab_size']:
     fail(f"vocab_size = {config.vocab_size} is too small: data/{knobs.dataset} has {meta['vocab_size']}")
 if config.block_size < knobs.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
+
+if auto:
+    config.stored_layers = most_stored_layers(config, knobs, here)
 
 raw_model.to(here.device)
 optimizer = adamw(raw_model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))

@@ -189,6 +189,18 @@ def test_float16_with_its_scaler(place):
     assert np.isfinite(losses).all()
     assert load_checkpoint(str(place / 'half' / 'last.pt'))['scaler']['scale'] > 0
 
+def test_auto_stores_what_fits_and_changes_no_bit(place):
+    found = {}
+    for gigabytes in (0.0007, 0.001, 0.1):
+        flags = dict(stored_layers='auto', memory_gb=gigabytes, n_layer=6, max_iters=3, eval_interval=3)
+        output = run(place, 'train.py', out_dir=f'auto{gigabytes}', **{**SMALL, **flags})
+        found[gigabytes] = int(re.search(r'stored_layers = (\d) of 6: ', output)[1])
+        assert ('would need' in output) == (found[gigabytes] < 6) and f'{found[gigabytes]} of 6 layers stored' in output
+    assert 0 < found[0.0007] < found[0.001] < found[0.1] == 6
+    for gigabytes in (0.0007, 0.001):
+        for name, weight in weights(place, 'auto0.1').items():
+            assert torch.equal(weight, weights(place, f'auto{gigabytes}')[name]), name
+
 # -----------------------------------------------------------------------------
 # one clear sentence
 
@@ -201,6 +213,10 @@ def complaint(place, script, **flags):
 @pytest.mark.parametrize('flags, words', [
     (dict(dataset='nowhere'), 'run "python data/nowhere/prepare.py" first'),
     (dict(vocab_size=100), 'vocab_size = 100 is too small'),
+    (dict(stored_layers='auto'), "stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16"),
+    (dict(stored_layers='auto', memory_gb=0.001, batch_size=64), 'GB even with no layer stored, and memory_gb is 0.001: --batch_size='),
+    (dict(stored_layers='auto', memory_gb=0.00001), 'not even --batch_size=1 fits'),
+    (dict(stored_layers='most'), "stored_layers = 'most': give a number, None or 'auto'"),
     (dict(block_size=1500), 'too few for block_size = 1500'),
     (dict(scheme='euler'), "unknown scheme 'euler'"),
     (dict(init_from='resume'), 'there is no checkpoint'),
@@ -339,5 +355,7 @@ def test_every_config_builds(path):
     knobs = configure(knobs_of('train.py'), [path])
     names = GPTConfig.__dataclass_fields__
     with torch.device('meta'):
-        GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in names}, 'vocab_size': knobs.vocab_size or 50304}))
+        fields = {name: getattr(knobs, name) for name in names}
+        assert fields['stored_layers'] in ('auto', None) or 'compare' in path
+        GPT(GPTConfig(**{**fields, 'vocab_size': knobs.vocab_size or 50304, 'stored_layers': None}))
     assert knobs.gradient_accumulation_steps % 8 == 0 or 'gpt2' not in path     # eight GPUs share it evenly
