@@ -90,13 +90,15 @@ CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits, sto
 MODES = dict(depth='standard,checkpointed,leapfrog,midpoint_a', frontier='standard,leapfrog',
              batch='standard,checkpointed,checkpointed/sliced,checkpointed/bf16,midpoint,leapfrog,symplectic',
              length='standard,checkpointed,checkpointed/sliced,leapfrog', curve='standard,checkpointed,leapfrog',
-             check='standard,checkpointed,leapfrog', resident='standard',  throughput=','.join(['standard', 'standard/half', 'checkpointed', *(a + b for a in SCHEMES for b in ENDS)]))
+             check='standard,checkpointed,leapfrog', resident='standard', throughput=','.join(
+                 ['standard', 'standard/half', 'checkpointed', *(a + b for a in SCHEMES for b in ENDS)]))
 mode = sys.argv[1] if len(sys.argv) > 1 else ''
 knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
 if mode not in MODES:
     sys.exit(f"unknown mode '{mode}': write python bench.py and one of {', '.join(name for name in MODES if name != 'resident')}")
 budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budget_gb] if knobs.budget_gb else []
-cases = [name for name in (knobs.cases or MODES[mode]).split(',') if not (name.endswith('/dial') and budgets and not knobs.cases)]
+left_out = ['/dial'] * bool(budgets) + ['/bf16'] * (knobs.dtype != 'bfloat16')           # of what a mode has
+cases = (knobs.cases or ','.join(name for name in MODES[mode].split(',') if not name.endswith(tuple(left_out)))).split(',')
 if knobs.shape not in ('', *SHAPES):
     sys.exit(f"unknown shape '{knobs.shape}': choose among {', '.join(SHAPES)}")
 shape = SHAPES.get(knobs.shape) or {key: getattr(knobs, key) for key in (
@@ -106,22 +108,26 @@ if unknown := [name for name in cases if name not in CASES]:
     sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
 if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
     sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone')
+if 'checkpointed/bf16' in cases and knobs.dtype != 'bfloat16':
+    sys.exit(f'checkpointed/bf16 needs --dtype=bfloat16, not {knobs.dtype}')
 if not all(type(n) is int and n > 0 for n in layers) or mode == 'depth' and len(set(layers)) < 2:
     sys.exit(f'layers = {layers} must be whole numbers above 0, for depth two or more that differ, as in --layers=[12,48]')
 if knobs.repeats < 1:
     sys.exit(f'repeats = {knobs.repeats} must be 1 or more')
-if mode in ('batch', 'length') and not budgets or not all(isinstance(gb, (int, float)) and gb > 0 for gb in budgets):
+if mode in ('batch', 'length') and not budgets or not all(isinstance(gb, (int, float)) and 0 < gb < math.inf for gb in budgets):
     sys.exit('how much memory may be used? Give --budget_gb=24, or a list such as --budget_gb=[24,80]')
 if world > 1 and mode not in ('batch', 'throughput'):
     sys.exit(f'{mode} measures one process: start it without torchrun')
 here = start(knobs)
-if knobs.compile and here.kind != 'cuda' and (mode != 'throughput' or budgets):
+if mode in ('check', 'resident') and here.kind != 'cpu':
+    fail(f'{mode} looks at the resident memory of a CPU: give --device=cpu')
+if knobs.compile and (mode in ('frontier', 'curve', 'check') or here.kind != 'cuda' and (mode != 'throughput' or budgets)):
     fail('what is counted is not compiled: leave --compile out')
 
 # -----------------------------------------------------------------------------
 # models, tokens, a step
 
-def build(name, weights=None, **change):
+def build(name, weights=None, device=None, **change):
     """The model of this case, its weights from this seed, or those of another model: shared, not copied."""
     options = {**shape, **CASES[name], **change}
     part, rival = options.pop('stored'), options.pop('rival', None)
@@ -131,7 +137,7 @@ def build(name, weights=None, **change):
         config = GPTConfig(**options)
     except ValueError as error:
         fail(str(error))
-    with torch.device('meta' if weights else here.device):
+    with torch.device('meta' if weights else device or here.device):
         model = GPT(config)
     if weights:
         model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
@@ -193,8 +199,7 @@ def clear():
 @cache
 def counted(name, B, T, n_layer, **change):
     """(bytes at the peak of two steps, of activations alone, peaks of all their phases, operations of a step), counted."""
-    with torch.device('cpu'):
-        count = count_two_steps(partial(build, name, n_layer=n_layer, block_size=T, **change), B, T, knobs.dtype)
+    count = count_two_steps(partial(build, name, device='cpu', n_layer=n_layer, block_size=T, **change), B, T, knobs.dtype)
     curve = count.curve()
     ends = [0, *(time for _, time in count.marks), count.clock]
     phases = [int(curve[a:b + 1].max()) for a, b in zip(ends, ends[1:])]
@@ -314,7 +319,7 @@ def curve():
     """Memory above weights and optimizer, over the second step."""
     for n in layers:
         for name in cases:
-            count = count_two_steps(partial(build, name, n_layer=n), knobs.batch_size, T, knobs.dtype)
+            count = count_two_steps(partial(build, name, device='cpu', n_layer=n), knobs.batch_size, T, knobs.dtype)
             start_of, turn, end = (count.marks[i][1] for i in (4, 5, 8))
             live = count.curve('gradients', 'activations')[start_of:end]
             pieces = [live[i:i + math.ceil(len(live) / 300)] for i in range(0, len(live), math.ceil(len(live) / 300))]

@@ -334,9 +334,9 @@ class ReversibleStep(torch.autograd.Function):
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_handle = zero
-        if ctx.depth == 0:                      # x is p_{-1} and p_0. Nothing stays on the tape, for the same reason
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # what is below is frozen, or x, which is p_{-1} and p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
-            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None
+            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason
         return g_handle, None, None, None, None, *g_weights
 
 class LastState(torch.autograd.Function):
@@ -348,6 +348,7 @@ class LastState(torch.autograd.Function):
         return tape.last_state()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         ctx.tape.g_upper = g.clone()            # autograd may still need its own, and the steps change ours in place
         return g.new_zeros(()), None

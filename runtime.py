@@ -20,6 +20,7 @@ import weakref
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -275,8 +276,8 @@ class Count(TorchDispatchMode):
     """
     Follows the storage of every tensor from its birth to its end, and adds up the operations of matrix products and
     attention (a multiplication and an addition are two). Under FakeTensorMode nothing is computed or allocated, so that
-    any size can be counted anywhere, and the numbers are the same. What an allocator, CUDA and kernels take besides is
-    not seen.
+    any size can be counted anywhere, and the numbers are the same. Not seen: what an allocator, CUDA and kernels take
+    besides, and a storage that is resized after its birth.
     """
 
     def __init__(self):
@@ -325,8 +326,8 @@ class Count(TorchDispatchMode):
             kinds[entry.kind] += entry.size * (entry.born <= time < entry.died)
         return kinds
 
-def count_two_steps(build, B, T, dtype, fake=True):
-    """The Count of two steps of AdamW on B sequences of T tokens, with the model that build() makes, on a CPU."""
+def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
+    """The Count of two steps of AdamW, each of some micro-batches (B, T) of tokens, with build()'s model, on a CPU."""
     with (FakeTensorMode() if fake else nullcontext()), Count() as count:
         model = build()
         count.mark('weights', model.parameters())
@@ -334,12 +335,13 @@ def count_two_steps(build, B, T, dtype, fake=True):
         idx = torch.zeros(B, T, dtype=torch.long)
         for _ in range(2):
             count.work = 0
-            with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
-                loss = model(idx, idx)[1]
-            count.mark('backward')
-            loss.backward()
-            loss = None
-            count.mark('gradients', (w.grad for w in model.parameters() if w.grad is not None))
+            for _ in range(micro_batches):
+                with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+                    loss = model(idx, idx)[1]
+                count.mark('backward')
+                loss.backward()
+                loss = None
+                count.mark('gradients', (w.grad for w in model.parameters() if w.grad is not None))
             optimizer.step()
             count.mark('optimizer', (x for state in optimizer.state.values() for x in state.values()))
             optimizer.zero_grad(set_to_none=True)
@@ -348,16 +350,31 @@ def count_two_steps(build, B, T, dtype, fake=True):
 
 def most_stored_layers(config, knobs, here):
     """The most layers whose graphs can be stored if a process may use memory_gb, by the count of its micro-batches."""
-    if knobs.memory_gb is None and here.kind != 'cuda':
-        fail("stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16")
-    # what is left is for CUDA itself, work spaces of kernels and gaps between tensors
-    gigabytes = knobs.memory_gb or 0.9 * torch.cuda.get_device_properties(here.device).total_memory / 1e9
+    gigabytes = knobs.memory_gb
+    if gigabytes is None:
+        if here.kind != 'cuda':
+            fail("stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16")
+        # what is left is for CUDA itself, work spaces of kernels and gaps between tensors
+        gigabytes = 0.9 * torch.cuda.get_device_properties(here.device).total_memory / 1e9
+    if not gigabytes > 0:
+        fail(f'memory_gb = {gigabytes} must be above 0')
+    say("stored_layers = 'auto': memory is counted for several numbers of layers, within a minute or so")
 
+    with torch.device('meta'):                  # DistributedDataParallel keeps a second copy of the gradients
+        copies = 4 * count_parameters(GPT(config)) * (world > 1)
+
+    @cache
     def needs(stored_layers, B=knobs.batch_size):
-        model = replace(config, stored_layers=stored_layers)
-        peak = count_two_steps(lambda: GPT(model), B, knobs.block_size, here.dtype).curve().max()
-        with torch.device('meta'):              # DistributedDataParallel keeps a second copy of the gradients
-            return int(peak + 4 * count_parameters(GPT(model)) * (world > 1)) / 1e9
+        def build():
+            model = GPT(replace(config, stored_layers=stored_layers))
+            if here.kind != 'cpu':              # a GPU's attention has no mask of dropout in memory, a CPU's has (T, T)
+                for block in model.transformer.h:
+                    block.attn.dropout = 0.0
+            return model
+        # in the second micro-batch there are gradients from the first one
+        peak = count_two_steps(build, B, knobs.block_size, here.dtype,
+                               micro_batches=min(2, knobs.gradient_accumulation_steps // world)).curve().max()
+        return int(peak + copies) / 1e9
 
     def most(needs, fits, fails):
         """The largest n from fits on, and below fails, for which needs(n) gigabytes are there."""

@@ -32,7 +32,7 @@ from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cos
 class Knobs(GPTConfig):                     # all fields of GPTConfig in model.py are knobs too
     vocab_size: int | None = None           # None: what the data needs, rounded up to a multiple of 64
     stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
-    memory_gb: float | None = None          # None: nine tenths of the GPU's memory
+    memory_gb: float | None = None          # that 'auto' may use; None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or

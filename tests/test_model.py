@@ -181,6 +181,22 @@ def test_what_a_backward_pass_cannot_do_it_refuses():
         model.transformer.h[0].mlp.c_fc.weight.add_(1)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         loss.backward()
+    x = model.last_state(batch()[0])
+    grads = torch.autograd.grad((x**2).sum(), list(model.transformer.h.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable|does not require grad'):       # there are no second derivatives
+        sum(grad.sum() for grad in grads).backward()
+
+@pytest.mark.parametrize('frozen', [0, 1, 3])
+def test_nothing_stays_on_the_tape_while_the_loss_lives(frozen):
+    model = build(dropout=0.1, **LEAPFROG)
+    if frozen:
+        for module in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:frozen]):
+            module.requires_grad_(False)
+    x = model.last_state(batch()[0])
+    tape = x.grad_fn.tape
+    loss = model.loss(x, batch()[1])
+    loss.backward()
+    assert tape.lower is tape.upper is tape.g_lower is tape.g_upper is None
 
 @pytest.mark.parametrize('scheme', [dict(scheme='standard'), *SCHEMES], ids=str)
 def test_no_position_sees_a_later_one(scheme):
