@@ -3,7 +3,8 @@ The figures in assets/, drawn from what is in results/ by one command:
 
     pip install matplotlib && python assets/figures.py
 
-results/NAME.json, written by bench.py or results/stability.py, becomes assets/NAME.png. results/loss/SCHEME_h_SEED.csv, the log.csv
+results/NAME.json, written by bench.py, results/drift.py or results/stability.py, becomes assets/NAME.png; largest batches and
+contexts are tables in RESULTS.md. results/loss/SCHEME_h_SEED.csv, the log.csv
 of runs of config/compare.py, become assets/loss.png.
 """
 import csv
@@ -12,7 +13,6 @@ import json
 import os
 import statistics
 import sys
-import textwrap
 from collections import defaultdict
 
 try:
@@ -34,11 +34,18 @@ def style(case):
     return dict(color=color(case), linestyle={'half': '--', 'all': ':', 'float': '-.'}.get(case.split('/')[-1], '-'))
 
 def depth(rows, axes):
-    for row in rows:
-        axes.plot(row['layers'], [row[f'{n} layers'] for n in row['layers']], marker='.', **style(row['case']))
-        axes.annotate(row['case'], (row['layers'][-1], row[f"{row['layers'][-1]} layers"]), xytext=(4, 0),
-                      textcoords='offset points', va='center', color=color(row['case']), annotation_clip=False)
-    axes.set(xlabel='layers', ylabel='MB of activations', ylim=(0, 2.2 * rows[1][f"{rows[1]['layers'][-1]} layers"]))
+    last = rows[0]['layers'][-1]
+    top = 1.05 * max(row[f'{last} layers'] for row in rows if row['case'] != 'standard') / 1e3      # which leaves the picture
+    for row, line in zip(rows, ('-', '-', '--', ':', '-')):
+        peaks = [row[f'{n} layers'] / 1e3 for n in row['layers']]
+        axes.plot(row['layers'], peaks, line, color=color(row['case']))
+        if peaks[-1] > top:
+            axes.annotate(row['case'], (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), top), xytext=(4, -9),
+                          textcoords='offset points', color=color(row['case']))
+        else:
+            axes.annotate(row['case'], (last, peaks[-1]), xytext=(4, 0), textcoords='offset points', va='center',
+                          color=color(row['case']), annotation_clip=False)
+    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.35 * last), ylim=(0, top))
 
 def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
@@ -46,8 +53,9 @@ def curve(rows, axes):
             places = [i / len(row['highest']) for i in range(len(row['highest']))]
             axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), alpha=0.8, linewidth=0,
                               label=f"{row['case']}: {row['peak MB'] / 1e3:.1f} GB")
-        axis.set(title=f'{n} layers', xlabel='one step: forward, backward, optimizer', ylabel='GB above weights and AdamW', xticks=[])
+        axis.set(title=f'{n} layers', xlabel='one step: forward, then backward', xticks=[])
         axis.legend()
+    axes[0].set_ylabel('GB above weights and AdamW')
 
 def frontier(rows, axes):
     for name in dict.fromkeys(row['case'] for row in rows):
@@ -56,24 +64,6 @@ def frontier(rows, axes):
         axes.plot(*zip(*points), marker='o', color=color(name), label=label)
     axes.set(xlabel='work of a step, standard = 1', ylabel='MB per sequence', ylim=0, title=f"{rows[0]['layers']} layers")
     axes.legend()
-
-def batch(rows, axes):
-    key = 'batch' if 'batch' in rows[0] else 'length'
-    if len({row['layers'] for row in rows}) > 1:            # one budget, and models of several depths
-        rows = [dict(row, GB=row['layers']) for row in rows]
-    budgets = sorted({row['GB'] for row in rows})
-    names = list(dict.fromkeys(row['case'] for row in rows))
-    for i, name in enumerate(names):
-        sizes = {row['GB']: row[key] for row in rows if row['case'] == name and not isinstance(row[key], str)}
-        axes.bar([budgets.index(gb) + 0.8 * i / len(names) for gb in sizes], sizes.values(), 0.75 / len(names), label=name,
-                 color=color(name), alpha={'half': 0.6, 'all': 0.3}.get(name.split('/')[-1], 1))
-        paper = {row['GB']: row["the paper's"] for row in rows if row['case'] == name and row["the paper's"]}
-        if paper:
-            axes.plot([budgets.index(gb) + 0.8 * i / len(names) for gb in paper], paper.values(), 'r_', markersize=12,
-                      label=f"the paper's {name}")
-    axes.set(yscale='log', ylabel=f'largest {key}' + ', tokens' * (key == 'length'), title='under a budget of memory')
-    axes.set_xticks([i + 0.4 for i in range(len(budgets))], [f'{gb:g}' for gb in budgets])
-    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
 
 def throughput(rows, axes):
     rows = [row for row in rows if row['tokens/s']]
@@ -137,14 +127,13 @@ def loss(paths, axes):
     axes[1].invert_yaxis()
     axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
 
-SIZES = dict(depth=(1, 1, 7, 4), curve=(1, 2, 10, 4), frontier=(1, 1, 6, 4), batch=(1, 1, 8, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5), stability=(2, 4, 13, 6),
-             loss=(1, 2, 11, 4.5))
+SIZES = dict(depth=(1, 1, 7, 4), curve=(1, 2, 10, 4), frontier=(1, 1, 6, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5),
+             stability=(2, 4, 13, 6), loss=(1, 2, 11, 4.5))
 
-def draw(kind, found, name, about):
+def draw(kind, found, name):
     lines, columns, width, height = SIZES[kind]
     figure, axes = plt.subplots(lines, columns, figsize=(width, height))
     globals()[kind](found, axes.flat if lines * columns > 1 else axes)
-    figure.suptitle('\n'.join(textwrap.wrap(about, int(16 * width))), fontsize=7)
     os.makedirs('assets', exist_ok=True)
     figure.savefig(f'assets/{name}.png', dpi=110, metadata={'Software': None})
     plt.close(figure)
@@ -158,7 +147,6 @@ for path in sorted(glob.glob('results/*.json')):
     words = result['command'].split()
     kind = words[2] if words[1] == 'bench.py' else os.path.basename(words[1]).removesuffix('.py')
     if kind in SIZES and result['rows']:
-        draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'),
-             f"{result['command']} ({result['date']}, commit {result['commit']}, {result['hardware']}, torch {result['torch']})")
+        draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'))
 if logs := sorted(glob.glob('results/loss/*.csv')):
-    draw('loss', logs, 'loss', 'python train.py config/compare.py: 12 layers, C = 64, 1.6M bytes of the Python standard library')
+    draw('loss', logs, 'loss')
