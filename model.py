@@ -326,7 +326,7 @@ class ReversibleStep(torch.autograd.Function):
                 x, fx = graph or evaluate(ctx, p)                               # f(p), once per step
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
                 c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next).to(fx.dtype))     # c * J^T g_next
-                g += c_vjp.add_(g_next, alpha=b)                                # g += b * g_next + c * J^T g_next
+                g += c_vjp.add_(g_next, alpha=b) if b else c_vjp                # g += b * g_next + c * J^T g_next
                 if a != 1: g_next *= a                                          # g_prev, in the memory of g_next
                 g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
         # lower, upper: p, p_next before the loop; p, p_prev after it. Likewise their gradients
@@ -371,14 +371,14 @@ class Tape:
     down again. Sequences do not see each other in f, so a step takes the batch in slices, with the graph of f for one.
     """
     def __init__(self, x, exact, recurrence, dropout, cache):
-        self.lower = to_state(1, x, torch.int64 if exact else torch.promote_types(x.dtype, torch.float32))
+        self.lower = to_state(1, x, torch.int64 if exact else wide(x.dtype))
         self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper leaves p_{-1} open: it is p_0 here
         self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
         (self.advance, self.rebuild), self.dropout, self.cache = recurrence, dropout, cache
         self.kind = x.device.type
         self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
         self.n_slices = 1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE)        # a cache is of the whole batch
-        self.extremes = [x.detach().float().abs().max()]
+        self.norms = [torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype))]
 
     def slices(self, *tensors):
         return zip(*(x.chunk(self.n_slices) for x in tensors))
@@ -389,14 +389,14 @@ class Tape:
                     enabled=torch.is_autocast_enabled(self.kind))
 
     def watch(self, c, fx):
-        """Integers know neither inf nor NaN, so the largest increments are remembered as floats."""
+        """Integers know neither inf nor NaN, so the norms of the increments are remembered as floats."""
         if self.lower.dtype == torch.int64:
-            self.extremes += [c * extreme.float() for extreme in fx.aminmax()]
+            self.norms.append(c * torch.linalg.vector_norm(fx, dtype=wide(fx.dtype)))
 
     def last_state(self):
-        """As floats (B, T, C); NaN if an increment was inf, NaN or beyond 2^31. A state beyond 2^31 wraps unnoticed."""
-        last, largest = to_float(self.upper, self.dtype), torch.stack(self.extremes).abs().max()
-        self.extremes.clear()
+        """As floats (B, T, C); NaN if an increment was inf, NaN or of a norm beyond 2^31. A state beyond it wraps unnoticed."""
+        last, largest = to_float(self.upper, self.dtype), torch.stack(self.norms).abs().max()
+        self.norms.clear()
         return last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if self.upper.dtype == torch.int64 else last
 
 # -----------------------------------------------------------------------------
@@ -412,7 +412,8 @@ def advance(p_prev, p, fx, coefficients):
     """
     n, m, c, bits = coefficients
     s = p_prev
-    if n != 1: s.mul_(n)                                    # n * p_prev
+    if n == -1: s.neg_()                                    # n * p_prev; of integers neg_ is four times as fast as mul_
+    elif n != 1: s.mul_(n)
     if m != 0: s.add_(p, alpha=m)                           # + m * p
     cut_off = pack(s, bits) if bits else None
     if bits: s.bitwise_right_shift_(bits)                   # / 2^bits
@@ -424,21 +425,25 @@ def rebuild(p_next, p, fx, cut_off, coefficients):
     s = p_next.sub_(to_state(c, fx, p_next.dtype))          # - c * f(p)
     if bits: s.bitwise_left_shift_(bits).bitwise_or_(unpack(cut_off, bits, s.shape))       # * 2^bits
     if m != 0: s.sub_(p, alpha=m)                           # - m * p
-    if n != 1: s.mul_(inverse(n) if s.dtype == torch.int64 else 1 / n)      # / n
+    if n == -1: s.neg_()                                    # / n
+    elif n != 1: s.mul_(inverse(n) if s.dtype == torch.int64 else 1 / n)
     return s
 
 def inverse(n):
     """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there (check_config refuses even ones)."""
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)        # float32, or float64 where all is
+
 def to_state(c, x, dtype):
     """c * x as a state, in memory of its own."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    return x.mul_(c * ONE).round_().long() if dtype == torch.int64 else x.mul_(c)
+    x = x.detach().to(wide(x.dtype))
+    return (x * (c * ONE)).round_().long() if dtype == torch.int64 else x * c
 
 def to_float(p, dtype):
-    wide = torch.promote_types(dtype, torch.float32)        # p would overflow float16, which ends at 65504
-    return (p * torch.tensor(1 / ONE, dtype=wide)).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
+    # p would overflow float16, which ends at 65504
+    return p.to(wide(dtype)).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
 def pack(s, bits):
     """The low bits of every element of s, in slots of 1, 2, 4 or 8 bits, several slots to a byte."""
@@ -476,15 +481,15 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, norm, criterion, count, chunk, with_grad, *norm_weights):
-        w, wide = head(weight), torch.promote_types(x.dtype, torch.float32)
+        w, dtype = head(weight), wide(x.dtype)
         leaves = [w.requires_grad_(), *norm_weights] if with_grad and weight.requires_grad else norm_weights
-        total = torch.zeros((), dtype=wide, device=x.device)
-        grad_x = torch.empty_like(x, dtype=wide) if with_grad else None
-        grads = [torch.zeros_like(leaf, dtype=wide) for leaf in leaves]
+        total = torch.zeros((), dtype=dtype, device=x.device)
+        grad_x = torch.empty_like(x, dtype=dtype) if with_grad else None
+        grads = [torch.zeros_like(leaf, dtype=dtype) for leaf in leaves]
         for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
             with torch.set_grad_enabled(with_grad):
                 x_i = x[rows].detach().requires_grad_(with_grad)
-                loss = criterion(F.linear(norm(x_i), w).to(wide), rows)                     # logits (chunk, V)
+                loss = criterion(F.linear(norm(x_i), w).to(dtype), rows)                     # logits (chunk, V)
             total += loss.detach()
             if with_grad:
                 grad_x[rows], *new = torch.autograd.grad(loss, (x_i, *leaves))
