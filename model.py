@@ -70,6 +70,7 @@ class GPTConfig:
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper
     stored_layers: int | None = None        # the last ones, which keep their graph; None: 0, and all of 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
+    verify: bool = True                     # after each backward pass, compare the two rebuilt first states
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -179,6 +180,7 @@ class GPT(nn.Module):
         self.config = config
         self.coefficients = config.coefficients()
         self.recurrence = advance, rebuild                      # runtime.py's compile_parts() replaces both
+        self.mismatches = 0                                     # elements rebuilt wrong, in all backward passes until now
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
@@ -232,7 +234,7 @@ class GPT(nn.Module):
 
         # States and their gradients are on the tape. Autograd sees a chain of handles, which are x and then numbers that
         # mean nothing: they make it call backward() once per step, the last one first.
-        tape = Tape(x, config.exact, self.recurrence, dropout=config.dropout > 0 and self.training, cache=cache)
+        tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():
             weights = [w for module in modules for w in module.parameters() if with_grad and w.requires_grad]
@@ -336,6 +338,7 @@ class ReversibleStep(torch.autograd.Function):
         g_handle = zero
         if not ctx.needs_input_grad[0] or ctx.depth == 0:       # what is below is frozen, or x, which is p_{-1} and p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
+            if ctx.depth == 0: tape.verify()
             tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason
         return g_handle, None, None, None, None, *g_weights
 
@@ -370,11 +373,12 @@ class Tape:
     The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
     down again. Sequences do not see each other in f, so a step takes the batch in slices, with the graph of f for one.
     """
-    def __init__(self, x, exact, recurrence, dropout, cache):
-        self.lower = to_state(1, x, torch.int64 if exact else wide(x.dtype))
+    def __init__(self, model, x, cache):
+        self.model, self.cache = model, cache
+        self.lower = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
         self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper leaves p_{-1} open: it is p_0 here
         self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
-        (self.advance, self.rebuild), self.dropout, self.cache = recurrence, dropout, cache
+        (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
         self.kind = x.device.type
         self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
         self.n_slices = 1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE)        # a cache is of the whole batch
@@ -392,6 +396,14 @@ class Tape:
         """Integers know neither inf nor NaN, so the norms of the increments are remembered as floats."""
         if self.lower.dtype == torch.int64:
             self.norms.append(c * torch.linalg.vector_norm(fx, dtype=wide(fx.dtype)))
+
+    def verify(self):
+        """
+        Below the first step both states must be p_0, since p_{-1} = p_0. Steps are one to one: if one bit of one f(p) came
+        out otherwise than in the forward pass, they end elsewhere. So one comparison checks every layer.
+        """
+        if self.model.config.verify and self.lower.dtype == torch.int64:
+            self.model.mismatches = self.model.mismatches + (self.lower != self.upper).sum()
 
     def last_state(self):
         """As floats (B, T, C); NaN if an increment was inf, NaN or of a norm beyond 2^31. A state beyond it wraps unnoticed."""

@@ -1,7 +1,8 @@
 """
 What must be true of the hand-written backward, in about a minute on two CPU cores:  python -m pytest test_reversible.py
 
-1. exact: gradients with stored and with rebuilt activations are equal bit for bit, and so is every rebuilt state
+1. exact: gradients with stored and with rebuilt activations are equal bit for bit, and so is every rebuilt state; a step
+   notices by itself if one bit of one layer was not
 2. right: they are also the gradients of the recurrence, by an independent autograd version and by finite differences
 3. these checks can fail: each fault planted in a copy of model.py must be noticed
 4. small: between forward and backward nothing lives that grows with depth, except k bits an element where a = n / 2^k
@@ -80,6 +81,7 @@ def check_exact(module, scheme, dtype=torch.float32, dropout=0.0, amplify=1, com
     for result in results[1:]:
         for name, grad in results[0].items():
             assert grad.isfinite().all() and torch.equal(grad, result[name]), f'the gradient of {name} differs'
+    assert model.mismatches == 0
 
 @every_scheme
 @pytest.mark.parametrize('amplify', [1, 8])
@@ -99,6 +101,42 @@ def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(sc
     monkeypatch.setattr(model_py, 'SLICE', B * T)
     check_exact(model_py, scheme, torch.bfloat16, dropout=0.1, amplify=8)
     assert 0 < error(gradients(build(amplify=8, **scheme)), sliced) < 1e-5
+
+def plant_one_bit(model, step):
+    """When this step is undone, in the first of its two slices, one element of p_next is 2^-32 too large or too small."""
+    calls, (advance, rebuild) = [], model.recurrence
+
+    def faulty_rebuild(p_next, *args):
+        calls.append(0)
+        if len(calls) == 2 * (len(list(model.steps())) - 1 - step) + 1:
+            p_next[0, 3, 5] ^= 1
+        return rebuild(p_next, *args)
+    model.recurrence = advance, faulty_rebuild
+
+@every_scheme
+@pytest.mark.parametrize('dtype, dropout, amplify', [(torch.float32, 0.0, 1), (torch.bfloat16, 0.1, 8)])
+@pytest.mark.parametrize('stored_layers', [0, L])
+@pytest.mark.parametrize('step', [0, 1, L - 1])
+def test_a_step_notices_one_wrong_bit_in_one_layer(scheme, step, stored_layers, dtype, dropout, amplify):
+    model = build(amplify=amplify, dropout=dropout, stored_layers=stored_layers, **scheme)
+    sound = model.recurrence
+    plant_one_bit(model, step)
+    gradients(model, dtype)
+    assert model.mismatches > 0
+    model.mismatches, model.recurrence = 0, sound
+    gradients(model, dtype)
+    assert model.mismatches == 0
+
+@pytest.mark.parametrize('how', ['verify=False', 'exact=False', 'frozen'])
+def test_where_nothing_can_be_compared_nothing_is(how):
+    model = build(**({'verify': False} if how == 'verify=False' else {'exact': False} if how == 'exact=False' else {}))
+    if how == 'frozen':
+        for module in (model.transformer.wte, model.transformer.wpe, model.transformer.h[0]):
+            module.requires_grad_(False)
+    if how != 'exact=False':
+        plant_one_bit(model, L - 1)
+    gradients(model)
+    assert type(model.mismatches) is int and model.mismatches == 0
 
 # -----------------------------------------------------------------------------
 # 2. the right gradients: a recurrence written again, here, for ordinary autograd
