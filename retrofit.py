@@ -150,12 +150,13 @@ def tune(name, conversion, bits, sign, seed):
         compile_parts(student)
     model = student
     if world > 1:
-        model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None)
+        model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None,
+                                        gradient_as_bucket_view=True)
     record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'a', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
 
     def save():
         if main:
-            save_checkpoint(last, dict(
+            save_checkpoint([last], dict(
                 model=student.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
                 config=asdict(student.config), meta=meta, before=before, after=after,
                 retrofit={knob: value for knob, value in asdict(run).items() if knob not in MAY_CHANGE}))
@@ -166,6 +167,7 @@ def tune(name, conversion, bits, sign, seed):
     accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
     began, first_step = time.time(), step
     clock, clock_step = began, step
+    x, y = training_batch(train_data, run, step, 0, here.device)                            # (B, T) each
     while step < knobs.max_iters:
         if a != a_at(step, run):            # between two steps, never between forward and backward
             a = a_at(step, run)
@@ -177,7 +179,6 @@ def tune(name, conversion, bits, sign, seed):
         seed_step(run, step)                # the step itself is that of train.py, but for the criterion
         loss = 0.0
         for micro in range(accumulation):
-            x, y = training_batch(train_data, run, step, micro, here.device)                # (B, T) each
             if world > 1:                   # the gradients of all processes meet once, in the last micro-batch
                 model.require_backward_grad_sync = micro == accumulation - 1
             with here.autocast:
@@ -186,10 +187,12 @@ def tune(name, conversion, bits, sign, seed):
                 criterion = distillation(teacher, hidden, y, knobs.temperature, knobs.data_weight)
                 micro_loss = model(x, y, criterion)[1] / accumulation
             here.scaler.scale(micro_loss).backward()
-            loss += micro_loss.item()
+            loss += micro_loss.detach()
+            following = (step, micro + 1) if micro + 1 < accumulation else (step + 1, 0)
+            x, y = training_batch(train_data, run, *following, here.device)
         here.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
-        loss, stop = agree(step, loss, norm, here)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+        loss, norm, stop = agree(step, loss, norm, student, here)
         if stop:                            # this step is not made: the weights are those of the last one
             save()
             say(f'stopped at step {step} of {name}: go on with --init_from=resume')

@@ -173,16 +173,26 @@ def seed_step(knobs, step):
     """Seeds the random numbers of a step, those of dropout: another seed for each step and process."""
     torch.manual_seed(int(np.random.default_rng((knobs.seed, step, rank, 1)).integers(2**63)))
 
-def agree(step, loss, norm, here):
+def agree(step, loss, norm, model, here):
     """
-    (the loss, averaged over all processes; whether one of them was asked to stop), the same in every process. Ends the
-    program if the loss or the norm of the gradient is not finite. Either way the weights have just given a finite loss.
+    (the loss, averaged over all processes; the norm of the gradient; whether a process was asked to stop), the same in every
+    process. Ends the program if the first two are not finite, or if the backward pass has rebuilt other states than the
+    forward pass had. Either way the weights have just given a finite loss, and this step has not changed them.
     """
-    loss, stop = all_reduce(loss / world, len(signals))
+    numbers = torch.stack([torch.as_tensor(x, device=loss.device).to(loss.dtype)
+                           for x in (loss, norm, model.mismatches, len(signals))]) / world
+    if world > 1:
+        dist.all_reduce(numbers)
+    loss, norm, mismatches, stop = numbers.tolist()
+    model.mismatches = 0
+    if mismatches:
+        fail(f'step {step + 1}: the backward pass has rebuilt states that are not those of the forward pass, so a block gave two '
+             'results for one input; stopped before that reaches the weights. Try --compile=False, then another machine: its '
+             'memory may be faulty. --verify=False goes on regardless')
     if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
         fail(f'step {step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
              'and last.pt, if there is one, is as it was')
-    return loss, bool(stop)
+    return loss, norm, stop > 0
 
 def duration(seconds):
     """Such as 2 h 05 min, or 3 min 20 s."""
@@ -193,21 +203,32 @@ def duration(seconds):
 # -----------------------------------------------------------------------------
 # checkpoints
 
-def save_checkpoint(path, checkpoint):
-    """Writes the dict under another name, and renames it once it is on the disk: there is never half a checkpoint."""
-    with open(f'{path}.part', 'wb') as file:
+def save_checkpoint(paths, checkpoint):
+    """
+    Writes the dict under another name, and renames it once it is on the disk: there is never half a checkpoint. Further paths
+    become names of the same file, which is never changed, only replaced.
+    """
+    part = f'{paths[0]}.part'
+    with open(part, 'wb') as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f'{path}.part', path)
+    for path in paths[1:]:
+        try:
+            os.link(part, f'{path}.part')
+        except OSError:                     # some file systems know no second name
+            shutil.copyfile(part, f'{path}.part')
+        os.replace(f'{path}.part', path)
+    os.replace(part, paths[0])
 
-def load_checkpoint(path, device='cpu'):
+def load_checkpoint(path):
     """The dict of save_checkpoint. ValueError if there is no such file, or if not all of it is as it was written."""
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}')
     try:                                    # what damage raises depends on the byte; torch.load reads no checksums
-        with zipfile.ZipFile(path) as file:
-            checkpoint = None if file.testzip() else torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as file: # one process on a machine looks at all of it; mapped, it is in memory once
+            broken = local_rank == 0 and file.testzip()
+        checkpoint = None if broken else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception:
         checkpoint = None
     if not isinstance(checkpoint, dict) or not {'model', 'config', 'meta'} <= checkpoint.keys():

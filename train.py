@@ -9,6 +9,8 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
 It writes log.csv, last.pt (at every evaluation, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
+A run that goes on is the same bit for bit where kernels are deterministic: on a CPU. On a GPU the backward pass of attention
+adds up in another order each time, so that not even two runs from the same start are the same.
 What it trains on is a function of seed and step alone: neither the number of processes, nor how a step is cut into
 micro-batches, nor how often it evaluates changes the data.
 """
@@ -77,7 +79,8 @@ FIELDS = {field.name for field in fields(GPTConfig)}
 auto = knobs.stored_layers == 'auto'
 if isinstance(knobs.stored_layers, str) and not auto:
     fail(f"stored_layers = '{knobs.stored_layers}': give a number, None or 'auto'")
-PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, stored_layers=None if auto else knobs.stored_layers)  # may change
+PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify,        # may change when a run goes on
+               stored_layers=None if auto else knobs.stored_layers)
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
@@ -130,17 +133,19 @@ if knobs.compile:
     compile_parts(raw_model)
 model = raw_model
 if world > 1:
-    model = DistributedDataParallel(raw_model, device_ids=[local_rank] if here.kind == 'cuda' else None)
+    model = DistributedDataParallel(raw_model, device_ids=[local_rank] if here.kind == 'cuda' else None,
+                                    gradient_as_bucket_view=True)           # or there is a second copy of all gradients
 
-def save(path):
+def save(*paths):
     if main:
-        save_checkpoint(path, dict(
+        save_checkpoint(paths, dict(
             model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
             best_val_loss=best_val_loss, config=asdict(raw_model.config), meta=meta, knobs=asdict(knobs)))
 
 # dense bf16 and fp16 operations a second, from the vendor's data sheets; of no other device is MFU known
 PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
               'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12,
+              'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 NVL': 835e12, 'NVIDIA GH200 480GB': 989e12, 'NVIDIA B200': 2250e12,
               'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'Tesla V100-SXM2-16GB': 125e12, 'Tesla T4': 65e12}
 peak_flops = (PEAK_FLOPS.get(torch.cuda.get_device_name())
               if here.kind == 'cuda' and here.dtype != 'float32' else None)
@@ -173,8 +178,9 @@ def evaluate_and_save():
         return
     if val_loss < best_val_loss:
         best_val_loss = val_loss
-        save(best)
-    save(last)
+        save(last, best)
+    else:
+        save(last)
 
 if step == 0:
     evaluate_and_save()
@@ -183,6 +189,7 @@ if step >= knobs.max_iters:
 accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
 began, first_step = time.time(), step
 clock, clock_step = began, step
+x, y = training_batch(train_data, knobs, step, 0, here.device)                  # (B, T) each
 while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
     for group in optimizer.param_groups:
@@ -190,16 +197,17 @@ while step < knobs.max_iters:
     seed_step(knobs, step)                  # dropout depends on the step alone, so nothing of it need be saved
     loss = 0.0
     for micro in range(accumulation):
-        x, y = training_batch(train_data, knobs, step, micro, here.device)      # (B, T) each
         if world > 1:                       # the gradients of all processes meet once, in the last micro-batch
             model.require_backward_grad_sync = micro == accumulation - 1
         with here.autocast:
             micro_loss = model(x, y)[1] / accumulation
         here.scaler.scale(micro_loss).backward()
-        loss += micro_loss.item()
+        loss += micro_loss.detach()
+        following = (step, micro + 1) if micro + 1 < accumulation else (step + 1, 0)
+        x, y = training_batch(train_data, knobs, *following, here.device)       # while a GPU is still at work
     here.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf).item()
-    loss, stop = agree(step, loss, norm, here)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+    loss, norm, stop = agree(step, loss, norm, raw_model, here)                 # the only place that waits for the GPU
     if stop:                                # this step is not made: the weights are those of the last one
         save(last)
         say(f'stopped at step {step}: go on with --init_from=resume')

@@ -219,7 +219,7 @@ def models(place):                                                      # noqa: 
         model = small(**fields)
         if name == 'nan':
             model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = math.nan
-        save_checkpoint(str(place / f'{name}.pt'), dict(model=model.state_dict(), config=vars(model.config),
+        save_checkpoint([str(place / f'{name}.pt')], dict(model=model.state_dict(), config=vars(model.config),
                                                         meta=dict(encoding='bytes', vocab_size=256, dtype='uint8')))
     return place
 

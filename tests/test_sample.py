@@ -79,7 +79,7 @@ def test_a_sample_ends_with_its_text(place, whole, monkeypatch):        # noqa: 
 
 def test_the_padding_of_a_vocabulary_is_never_written(place):           # noqa: F811
     model = model_py.GPT(model_py.GPTConfig(block_size=64, vocab_size=960, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint(str(place / 'padded.pt'), dict(model=model.state_dict(), config=vars(model.config),
+    save_checkpoint([str(place / 'padded.pt')], dict(model=model.state_dict(), config=vars(model.config),
                                                    meta=dict(encoding='bytes', vocab_size=256, dtype='uint8')))
     run(place, 'sample.py', init_from='padded.pt', prompt='a', max_new_tokens=40, temperature=9.0, top_k='None')
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as model_py
 import runtime
 from configurator import configure, machine
 from model import GPT, GPTConfig
@@ -177,6 +178,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     assert 'step 6: the loss is nan' in sentence and 'last.pt' in sentence
     assert (place / 'broken' / 'last.pt').read_bytes() == before
 
+def test_a_step_whose_states_were_rebuilt_wrong_stops_the_run(place, monkeypatch):
+    """A planted fault: one bit of one element, in a single call."""
+    train(place, 'faulty', max_iters=4)
+    before, calls, sound = (place / 'faulty' / 'last.pt').read_bytes(), [], model_py.rebuild
+
+    def rebuild(p_next, *args):
+        calls.append(0)
+        if len(calls) == 9:                 # a step is 2 micro-batches x 2 layers
+            p_next[0, 0, 0] ^= 1
+        return sound(p_next, *args)
+
+    monkeypatch.setattr(model_py, 'rebuild', rebuild)
+    flags = dict(SMALL, out_dir='faulty', init_from='resume')
+    sentence = complaint(place, 'train.py', **flags)
+    assert 'step 7: the backward pass has rebuilt states that are not those' in sentence and '--compile=False' in sentence
+    assert (place / 'faulty' / 'last.pt').read_bytes() == before
+    calls.clear()
+    run(place, 'train.py', **flags, verify=False)
+
+def test_the_best_checkpoint_is_not_written_twice(place):
+    train(place, 'first', max_iters=1, eval_interval=1)
+    last, best = (place / 'first' / f'{name}.pt' for name in ('last', 'best'))
+    content = best.read_bytes()
+    assert last.samefile(best)
+    run(place, 'train.py', out_dir='first', init_from='resume', **{**SMALL, 'max_iters': 2, 'learning_rate': 3.0, 'min_lr': 3.0})
+    assert best.read_bytes() == content != last.read_bytes()
+
 def test_a_validation_loss_that_is_not_finite_is_not_saved(place):
     train(place, 'broken2', max_iters=4)
     before = (place / 'broken2' / 'last.pt').read_bytes()
@@ -305,7 +333,7 @@ def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path, one = str(tmp_path / 'last.pt'), dict(step=1, model={}, config={}, meta={})
-    save_checkpoint(path, one)
+    save_checkpoint([path], one)
 
     def torn(checkpoint, file):
         file.write(b'half')
@@ -313,7 +341,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', torn)
     with pytest.raises(OSError):
-        save_checkpoint(path, dict(one, step=2))
+        save_checkpoint([path], dict(one, step=2))
     assert load_checkpoint(path) == one
 
 # -----------------------------------------------------------------------------
