@@ -154,7 +154,7 @@ def checkpoint_in_slices(model, dtype, x, cache=None):
     """What GPT.integrate() is to checkpointing: x (B, T, C) -> (B, T, C)."""
     x = x.to(dtype)
     for _, f, _ in model.steps():
-        slices = x.chunk(math.ceil(x.size(0) * x.size(1) / model_py.SLICE))
+        slices = x.tensor_split(model_py.n_slices(*x.shape[:2]))
         x = x + torch.cat([checkpoint(f, s, use_reentrant=False) for s in slices])
     return x
 

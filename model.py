@@ -368,6 +368,11 @@ def evaluate(ctx, p):
 
 SLICE = 8192    # tokens that f sees at a time, about: whole sequences. Its graph takes most of the memory
 
+def n_slices(B, T):
+    """Of a batch: equally large ones if up to twice as many will do, since torch.compile makes a graph for every size."""
+    least = min(B, math.ceil(B * T / SLICE))
+    return next((n for n in range(least, 2 * least) if B % n == 0), least)
+
 class Tape:
     """
     The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
@@ -381,11 +386,11 @@ class Tape:
         (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
         self.kind = x.device.type
         self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
-        self.n_slices = 1 if cache else math.ceil(x.size(0) * x.size(1) / SLICE)        # a cache is of the whole batch
+        self.n_slices = 1 if cache else n_slices(*x.shape[:2])          # a cache is of the whole batch
         self.norms = [torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype))]
 
     def slices(self, *tensors):
-        return zip(*(x.chunk(self.n_slices) for x in tensors))
+        return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
     def autocast(self, training):
         """As it is now, for backward, which runs outside of it. Its cache would keep every layer's cast weights."""
@@ -507,12 +512,14 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_x[rows], *new = torch.autograd.grad(loss, (x_i, *leaves))
                 for grad, g in zip(grads, new):
                     grad += g
-        if with_grad:
-            ctx.save_for_backward(*(g.div_(count) for g in (grad_x, *grads)))
+        ctx.grads = [g.div_(count) for g in (grad_x, *grads)] if with_grad else None
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        grad_x, *grads = (g * grad for grad in ctx.saved_tensors)
+        if ctx.grads is None:
+            raise RuntimeError('an earlier backward pass has used up these gradients: run forward again')
+        grad_x, *grads = (grad.mul_(g) for grad in ctx.grads)   # no copies: they may be the largest tensors of all
+        ctx.grads = None
         return grad_x, grads.pop(0) if ctx.needs_input_grad[1] else None, None, None, None, None, None, *grads

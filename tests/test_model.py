@@ -252,6 +252,13 @@ def test_states_may_overflow_and_are_rebuilt_all_the_same():
         p_next, cut_off = model_py.advance(p_prev.clone(), p, fx, step)
         assert torch.equal(model_py.rebuild(p_next, p, fx, cut_off, step), p_prev)
 
+def test_slices_are_of_equal_size_where_up_to_twice_as_many_will_do(monkeypatch):
+    monkeypatch.setattr(model_py, 'SLICE', 8192)
+    for (B, T), sizes in {(60, 1024): [6] * 10, (8, 1024): [8], (64, 1024): [8] * 8, (2, 16384): [1, 1], (59, 1024): [8] * 3 + [7] * 5,
+                          (1, 10**6): [1], (8, 256): [8]}.items():
+        parts = torch.empty(B, 1).tensor_split(model_py.n_slices(B, T))
+        assert [len(part) for part in parts] == sizes, (B, T)
+
 def test_accumulated_gradients_equal_those_of_a_large_batch():
     idx, targets = batch(rows=8)
     whole, parts = build(**LEAPFROG), build(**LEAPFROG)
