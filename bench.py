@@ -39,8 +39,8 @@ from tqdm import tqdm
 import model as model_py
 from configurator import configure
 from model import GPT, GPTConfig
-from runtime import (adamw, all_reduce, compile_parts, count_two_steps, fail, leave, local_rank, main, many_graphs, open_table, provenance,
-                     rank, say, start, world)
+from runtime import (adamw, all_reduce, compile_parts, count_two_steps, fail, leave, local_rank, main, open_table,
+                     provenance, rank, say, start, world)
 
 @dataclass
 class Knobs:
@@ -147,7 +147,7 @@ def build(name, weights=None, device=None, **change):
         model.forward = lambda idx, targets: (None, F.cross_entropy(
             model.lm_head(model.hidden(idx)).flatten(0, 1), targets.flatten()))
     if knobs.compile:
-        compile_parts(model, **many_graphs())
+        compile_parts(model)
     return model
 
 def checkpoint_in_slices(model, dtype, x, cache=None):

@@ -48,6 +48,7 @@ class Coefficients(NamedTuple):
     m: int
     c: float
     bits: int
+    inverse: float  # 1 / n; for integers modulo 2^64
 
 @dataclass
 class GPTConfig:
@@ -91,7 +92,8 @@ class GPTConfig:
             a, b, c = SCHEMES[self.scheme](a, h)
             n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # n odd, over a power of two
             m = int(b * denominator) if self.exact else b
-            result.append(Coefficients(n, m, c, bits=denominator.bit_length() - 1))
+            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard has none
+            result.append(Coefficients(n, m, c, denominator.bit_length() - 1, inverse))
         return result
 
 # -----------------------------------------------------------------------------
@@ -313,7 +315,7 @@ class ReversibleStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, zero):
-        tape, weights, (n, m, c, bits) = ctx.tape, ctx.saved_tensors, ctx.coefficients
+        tape, weights, (n, m, c, bits, _) = ctx.tape, ctx.saved_tensors, ctx.coefficients
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
         a, b, g_weights = n / 2**bits, m / 2**bits, None
@@ -427,7 +429,7 @@ def advance(p_prev, p, fx, coefficients):
     p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that were cut off; states (b, T, C).
     A line is a pass over memory, so none multiplies by 1 or adds 0.
     """
-    n, m, c, bits = coefficients
+    n, m, c, bits, _ = coefficients
     s = p_prev
     if n == -1: s.neg_()                                    # n * p_prev; of integers neg_ is four times as fast as mul_
     elif n != 1: s.mul_(n)
@@ -438,15 +440,15 @@ def advance(p_prev, p, fx, coefficients):
 
 def rebuild(p_next, p, fx, cut_off, coefficients):
     """p_prev = (p_next - b * p - c * f(p)) / a in the memory of p_next: advance() undone, its last line first."""
-    n, m, c, bits = coefficients
+    n, m, c, bits, inverse = coefficients
     s = p_next.sub_(to_state(c, fx, p_next.dtype))          # - c * f(p)
     if bits: s.bitwise_left_shift_(bits).bitwise_or_(unpack(cut_off, bits, s.shape))       # * 2^bits
     if m != 0: s.sub_(p, alpha=m)                           # - m * p
     if n == -1: s.neg_()                                    # / n
-    elif n != 1: s.mul_(inverse(n) if s.dtype == torch.int64 else 1 / n)
+    elif n != 1: s.mul_(inverse)
     return s
 
-def inverse(n):
+def integer_inverse(n):
     """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there (check_config refuses even ones)."""
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 

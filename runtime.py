@@ -147,20 +147,19 @@ def adamw(model, weight_decay, learning_rate, betas):
 def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
-def compile_parts(model, **kwargs):
+def compile_parts(model):
     """torch.compile of every f of a GPT, and of the recurrence, a dozen small operations, into one kernel each way."""
-    # with dynamic=None a kernel for all shapes, compiled on the way, may take over between forward and backward
+    # The backward pass has threads of its own: in torch 2.11 the configured limit holds in all of them, in 2.13 in the one that
+    # sets it alone, but the argument, which 2.11 lacks, in all.
+    torch.compiler.config.recompile_limit = 1000
+    limit = {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+    # f must round alike in both passes. With dynamic=None a kernel for all shapes, compiled on the way, could take over between
+    # them; beyond the limit, and where a graph breaks, Python would: fullgraph raises an error instead.
     for block in model.transformer.h:
         for name in ('attention', 'feedforward') if model.config.scheme == 'symplectic' else ('forward',):
-            setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **kwargs))
-    model.recurrence = [torch.compile(f, dynamic=False, **kwargs) for f in (advance, rebuild)]
-
-def many_graphs():
-    """For compile_parts(): allows a graph for each of many models and shapes."""
-    # The backward pass has threads of its own: in torch 2.11 the setting holds in all of them, in 2.13 in this one alone, but
-    # the argument, which 2.11 lacks, in all.
-    torch.compiler.config.recompile_limit = 1000
-    return {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=False, fullgraph=True, **limit))
+    # the recurrence has the same bits in every kernel, so one for all a will do, for each number of remembered bits
+    model.recurrence = [torch.compile(f, **limit) for f in (advance, rebuild)]
 
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""

@@ -24,7 +24,7 @@ import model as model_py
 from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build as load
-from runtime import compile_parts, fail, many_graphs, open_table, provenance, recorded_states, start
+from runtime import compile_parts, fail, open_table, provenance, recorded_states, start
 
 @dataclass
 class Knobs:
@@ -106,7 +106,7 @@ def drift():
                         fail(f'{weights if not scheme else scheme} is a standard model, which rebuilds nothing: leave it out')
                     model.config.stored_layers = stored * model.config.n_layer
                     if knobs.compile:
-                        compile_parts(model, **many_graphs())
+                        compile_parts(model)
                     results.append(gradients_and_states(model, *tokens(model), dtype))
                 stored, again, rebuilt = results
                 states, grads = errors(rebuilt[2], rebuilt[1]), errors(rebuilt[0], stored[0])

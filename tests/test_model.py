@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from pretrained import turn_weights
-from runtime import adamw
+from runtime import adamw, compile_parts
 from test_reversible import (LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients,
                              slices_of_one_sequence)
 
@@ -248,7 +248,7 @@ def test_states_may_overflow_and_are_rebuilt_all_the_same():
     for n, m, bits in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:
         p_prev, p = torch.randint(-2**63, 2**63 - 1, (2, 2, 3, 5))
         fx = 1e9 * torch.randn(2, 3, 5)
-        step = model_py.Coefficients(n, m, 1, bits)
+        step = model_py.Coefficients(n, m, 1, bits, model_py.integer_inverse(n))
         p_next, cut_off = model_py.advance(p_prev.clone(), p, fx, step)
         assert torch.equal(model_py.rebuild(p_next, p, fx, cut_off, step), p_prev)
 
@@ -307,6 +307,23 @@ compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'
 def test_compiled_blocks_are_exact_too(scheme, dtype):
     torch._dynamo.reset()
     check_exact(model_py, scheme, dtype, dropout=0.1, amplify=8, compiled=True)
+
+@compiler
+def test_annealing_compiles_one_recurrence_for_all_a_of_as_many_bits():
+    """In retrofit.py a takes up to 193 values on its way to 1."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(**LEAPFROG)
+    compile_parts(model)
+    advance, rebuild = model.recurrence
+    p_prev, p = torch.randint(-2**40, 2**40, (2, 3, 5, 7))
+    for n in (65, 67, 101, 255):
+        step = model_py.Coefficients(n, 256 - n, 1 + n / 256, 8, model_py.integer_inverse(n))
+        fx = torch.randn(3, 5, 7)
+        p_next, cut_off = advance(p_prev.clone(), p, fx, step)
+        assert torch.equal(p_next, model_py.advance(p_prev.clone(), p, fx, step)[0])
+        assert torch.equal(rebuild(p_next, p, fx, cut_off, step), p_prev)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 4         # the first a, and all others: each way
 
 @compiler
 def test_a_model_compiled_from_outside_is_right():
