@@ -151,7 +151,7 @@ def log_likelihoods(model, pairs, batch_size, autocast, bar=None):
         with autocast:
             x = model.hidden(idx.to(device))                                                # (B, T, C)
         counts = [len(pairs[i][1]) for i in batch]
-        wanted = torch.tensor([token for i in batch for token in pairs[i][1]], device=device)
+        wanted = torch.tensor([token for i in batch for token in pairs[i][1]]).to(device)
         x = torch.cat([row[len(text) - 1 - n:len(text) - 1] for row, text, n in zip(x, texts, counts)])     # (N, C)
         losses = torch.cat([F.cross_entropy(F.linear(x_i.float(), model.lm_head.weight.float()), wanted_i, reduction='none')
                             for x_i, wanted_i in zip(x.split(CHUNK), wanted.split(CHUNK))])                 # (N)

@@ -207,7 +207,7 @@ class GPT(nn.Module):
         """
         x = self.last_state(idx, cache)                                                     # (B, T, C)
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
+            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
         return None, self.loss(x, targets, criterion=criterion)
 
     def hidden(self, idx):

@@ -178,8 +178,8 @@ def agree(step, loss, norm, model, here):
     process. Ends the program if the first two are not finite, or if the backward pass has rebuilt other states than the
     forward pass had. Either way the weights have just given a finite loss, and this step has not changed them.
     """
-    numbers = torch.stack([torch.as_tensor(x, device=loss.device).to(loss.dtype)
-                           for x in (loss, norm, model.mismatches, len(signals))]) / world
+    zero = torch.zeros_like(loss)
+    numbers = torch.stack([loss, norm, zero + model.mismatches, zero + len(signals)]) / world
     if world > 1:
         dist.all_reduce(numbers)
     loss, norm, mismatches, stop = numbers.tolist()

@@ -68,7 +68,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
             logits = model(idx[:, -block_size:])[0]
         logits = logits[:, -1, :vocab_size]                                             # (B, V)
         if top_k is not None:
-            kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+            kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
