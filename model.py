@@ -410,7 +410,8 @@ class Tape:
         out otherwise than in the forward pass, they end elsewhere. So one comparison checks every layer.
         """
         if self.model.config.verify and self.lower.dtype == torch.int64:
-            self.model.mismatches = self.model.mismatches + (self.lower != self.upper).sum()
+            for p_prev, p in self.slices(self.lower, self.upper):
+                self.model.mismatches = self.model.mismatches + (p_prev != p).sum()
 
     def last_state(self):
         """As floats (B, T, C); NaN if an increment was inf, NaN or of a norm beyond 2^31. A state beyond it wraps unnoticed."""
