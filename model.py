@@ -410,8 +410,7 @@ class Tape:
         out otherwise than in the forward pass, they end elsewhere. So one comparison checks every layer.
         """
         if self.model.config.verify and self.lower.dtype == torch.int64:
-            for p_prev, p in self.slices(self.lower, self.upper):
-                self.model.mismatches = self.model.mismatches + (p_prev != p).sum()
+            self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
     def last_state(self):
         """As floats (B, T, C); NaN if an increment was inf, NaN or of a norm beyond 2^31. A state beyond it wraps unnoticed."""
@@ -454,7 +453,7 @@ def integer_inverse(n):
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 def wide(dtype):
-    return torch.promote_types(dtype, torch.float32)        # float32, or float64 where all is
+    return torch.promote_types(dtype, torch.float32)        # or float64, where all is: states would overflow float16
 
 def to_state(c, x, dtype):
     """c * x as a state, in memory of its own."""
@@ -462,7 +461,6 @@ def to_state(c, x, dtype):
     return (x * (c * ONE)).round_().long() if dtype == torch.int64 else x * c
 
 def to_float(p, dtype):
-    # p would overflow float16, which ends at 65504
     return p.to(wide(dtype)).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
 def pack(s, bits):
