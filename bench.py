@@ -198,12 +198,12 @@ def clear():
 
 @cache
 def counted(name, B, T, n_layer, **change):
-    """(bytes at the peak of two steps, of activations alone, peaks of all their phases, operations of a step), counted."""
+    """(bytes at the peak of two steps, of activations alone, peaks of all their phases, operations of a step, bytes by kind), counted."""
     count = count_two_steps(partial(build, name, device='cpu', n_layer=n_layer, block_size=T, **change), B, T, knobs.dtype)
     curve = count.curve()
     ends = [0, *(time for _, time in count.marks), count.clock]
     phases = [int(curve[a:b + 1].max()) for a, b in zip(ends, ends[1:])]
-    return int(curve.max()), int(count.curve('activations').max()), phases, count.work
+    return int(curve.max()), int(count.curve('activations').max()), phases, count.work, count.at(curve.argmax())
 
 def measured(name, B, T, **change):
     """The peak of three steps on a GPU, the highest of all processes: inf if one runs out of memory."""
@@ -335,8 +335,9 @@ def check():
                                text=True, env=dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536'))
         if child.returncode:
             fail(f'{name} did not get through: what it says stands above')
-        found, expected = int(child.stdout.split()[-1]), counted(name, knobs.batch_size, T, shape['n_layer'])[0]
-        row(name, batch=knobs.batch_size, **{'counted MB': expected / 1e6, 'resident MB': found / 1e6, 'ratio': found / expected})
+        found, (expected, *_, kinds) = int(child.stdout.split()[-1]), counted(name, knobs.batch_size, T, shape['n_layer'])
+        row(name, batch=knobs.batch_size, **{'counted MB': expected / 1e6, 'resident MB': found / 1e6, 'ratio': found / expected,
+                                               **{f'{kind} MB': size / 1e6 for kind, size in kinds.items()}})
 
 def resident():
     """What check calls, in a process of its own; Linux."""

@@ -118,6 +118,7 @@ def test_length_frontier_and_curve(place):
 @needs_proc
 def test_check_compares_with_a_fresh_process(place):
     rows, _ = bench(place, 'check', cases='leapfrog', n_embd=256, block_size=256, batch_size=16)
+    assert sum(rows[0][f'{kind} MB'] for kind in ('weights', 'gradients', 'optimizer', 'activations')) == pytest.approx(rows[0]['counted MB'])
     assert rows[0]['counted MB'] > 20 and 0.5 < rows[0]['ratio'] < 3    # libraries take a few MB more: large models show how close
 
 @needs_proc
