@@ -4,6 +4,9 @@ What would fail on a device that is not the CPU, without one:  python -m pytest 
 Fake tensors know their device and shape, and have no memory. Operations on tensors of two devices fail as they would on a
 GPU, so a tensor that was made on the CPU by mistake is found. Values, kernels and autocast are not tested here.
 """
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -21,11 +24,16 @@ from test_reversible import SCHEMES
 registration = pytest.importorskip('torch.utils.backend_registration')
 setup = getattr(registration, '_setup_privateuseone_for_python_backend', None)
 pytestmark = pytest.mark.skipif(setup is None, reason='this torch cannot register a device from Python')
+# autograd takes no further device once it has run: these tests need a process in which no other test has
+ALONE = 'TEST_DEVICE_ALONE' in os.environ
+alone = pytest.mark.skipif(not ALONE, reason='runs in a process of its own: see the test at the end')
 DEVICE = 'fakegpu'
 SHAPE = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
 
 @pytest.fixture(scope='module', autouse=True)
 def device():
+    if not ALONE:
+        return
     setup(DEVICE)
     module = torch.get_device_module(DEVICE)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
@@ -59,10 +67,12 @@ CONFIGS = [GPTConfig(**SHAPE, **{'dropout': 0.1, **scheme}) for scheme in [
     dict(scheme='midpoint_a', a=[0.75, -0.5, 1 / 256]), dict(scheme='midpoint_a', a=-0.5, **LLAMA),
     dict(scheme='leapfrog', stored_layers=2, **LLAMA), dict(scheme='leapfrog', exact=False), dict(scheme='leapfrog', dropout=0.0)]]
 
+@alone
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda c: f'{c.scheme} {c.norm} {c.stored_layers} {c.exact} {c.dropout}')
 def test_every_tensor_of_a_step_is_on_the_device(config):
     steps(config)
 
+@alone
 @pytest.mark.parametrize('config', [CONFIGS[0], CONFIGS[3], CONFIGS[-4]], ids=['positions', 'leapfrog', 'packed bits, rotary positions'])
 def test_a_tensor_that_is_left_on_the_cpu_is_noticed(config, monkeypatch):
     """A planted fault: arange() forgets the device it is given."""
@@ -70,3 +80,9 @@ def test_a_tensor_that_is_left_on_the_cpu_is_noticed(config, monkeypatch):
     monkeypatch.setattr(torch, 'arange', lambda *args, device=None, **kwargs: arange(*args, device='cpu', **kwargs))
     with pytest.raises(RuntimeError, match='device'):
         steps(config)
+
+@pytest.mark.skipif(ALONE, reason='is that process')
+def test_all_of_these_in_a_process_of_their_own():
+    result = subprocess.run([sys.executable, '-m', 'pytest', '-q', __file__], env=dict(os.environ, TEST_DEVICE_ALONE='1'),
+                            capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0 and '15 passed' in result.stdout, result.stdout[-3000:]
