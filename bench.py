@@ -230,8 +230,9 @@ def needs(name, B, T, n_layer=shape['n_layer'], **change):
 
 def line(name, n_layer, **change):
     """
-    (bytes without sequences, bytes per sequence) of each phase of training. Beyond a few slices every phase grows by the
-    same for every slice of the batch: two counts say all. A test compares this with the count of a third batch.
+    (bytes without sequences, bytes per sequence) of each phase of training: forward, backward until the first gradient of a
+    weight, until the next, ... Beyond a few slices every phase grows by the same for every slice of the batch: two counts
+    say all. The peak moves from phase to phase as the batch grows. A test compares this with the count of a third batch.
     """
     few = 4 * max(1, model_py.SLICE // T)
     phases = [counted(name, B, T, n_layer, **change)[2] for B in (few, 2 * few)]
@@ -320,7 +321,8 @@ def curve():
     for n in layers:
         for name in cases:
             count = count_two_steps(partial(build, name, device='cpu', n_layer=n), knobs.batch_size, T, knobs.dtype)
-            start_of, turn, end = (count.marks[i][1] for i in (4, 5, 8))
+            start_of, end = (time for kind, time in count.marks if kind == 'step')
+            turn = [time for kind, time in count.marks if kind == 'backward'][1]
             live = count.curve('gradients', 'activations')[start_of:end]
             pieces = [live[i:i + math.ceil(len(live) / 300)] for i in range(0, len(live), math.ceil(len(live) / 300))]
             row(name, **{'layers': n, 'peak MB': int(live.max()) / 1e6, 'forward': (turn - start_of) / len(live)},

@@ -351,6 +351,9 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
     with (FakeTensorMode() if fake else nullcontext()), Count() as count:
         model = build()
         count.mark('weights', model.parameters())
+        for weight in model.parameters():
+            if weight.requires_grad:            # one mark each: a backward pass is as many phases as gradients arrive
+                weight.register_post_accumulate_grad_hook(lambda weight: count.mark('gradients', [weight.grad]))
         optimizer = adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
         idx = torch.zeros(B, T, dtype=torch.long)
         for _ in range(2):
@@ -361,7 +364,6 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
                 count.mark('backward')
                 loss.backward()
                 loss = None
-                count.mark('gradients', (w.grad for w in model.parameters() if w.grad is not None))
             optimizer.step()
             count.mark('optimizer', (x for state in optimizer.state.values() for x in state.values()))
             optimizer.zero_grad(set_to_none=True)
