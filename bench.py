@@ -56,6 +56,7 @@ class Knobs:
     layers: list | None = None      # depth, batch: the numbers of layers; None: depth 12, 24, 48, batch n_layer
     budget_gb: float | list | None = None       # batch, length, throughput: GB that may be used; the first two need it
     chunked_loss: bool = True       # False: all logits at once, by ordinary autograd
+    slice_tokens: int = 8192        # that a layer sees at a time
     repeats: int = 7                # throughput: turns that count, after one that does not
     json: str | None = None         # a file for the rows
     compile: bool = False
@@ -129,7 +130,7 @@ if knobs.compile and (mode in ('frontier', 'curve', 'check') or here.kind != 'cu
 
 def build(name, weights=None, device=None, **change):
     """The model of this case, its weights from this seed, or those of another model: shared, not copied."""
-    options = {**shape, **CASES[name], **change}
+    options = {**shape, **CASES[name], 'slice_tokens': knobs.slice_tokens, **change}
     part, rival = options.pop('stored'), options.pop('rival', None)
     options.setdefault('stored_layers', int(part * options['n_layer']) if part != 'dial' else 0)
     torch.manual_seed(0)
@@ -154,7 +155,7 @@ def checkpoint_in_slices(model, dtype, x, cache=None):
     """What GPT.integrate() is to checkpointing: x (B, T, C) -> (B, T, C)."""
     x = x.to(dtype)
     for _, f, _ in model.steps():
-        slices = x.tensor_split(model_py.n_slices(*x.shape[:2]))
+        slices = x.tensor_split(model_py.n_slices(*x.shape[:2], knobs.slice_tokens))
         x = x + torch.cat([checkpoint(f, s, use_reentrant=False) for s in slices])
     return x
 
@@ -234,7 +235,7 @@ def line(name, n_layer, **change):
     weight, until the next, ... Beyond a few slices every phase grows by the same for every slice of the batch: two counts
     say all. The peak moves from phase to phase as the batch grows. A test compares this with the count of a third batch.
     """
-    few = 4 * max(1, model_py.SLICE // T)
+    few = 4 * max(1, knobs.slice_tokens // T)
     phases = [counted(name, B, T, n_layer, **change)[2] for B in (few, 2 * few)]
     return [(2 * a - b, (b - a) / few) for a, b in zip(*phases)]
 

@@ -104,7 +104,7 @@ def check_config(config, schemes, default_h):
             raise ValueError(sentence)
 
     must(config.scheme in schemes, f"unknown scheme '{config.scheme}': choose one of {', '.join(schemes)}")
-    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head'):
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head', 'slice_tokens'):
         size = getattr(config, name)
         must(isinstance(size, int) and size >= 1, f'{name} = {size!r} must be a whole number, 1 or more')
     must(0 <= config.dropout < 1, f'dropout = {config.dropout} must be 0 or more, and below 1')

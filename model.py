@@ -72,6 +72,7 @@ class GPTConfig:
     stored_layers: int | None = None        # the last ones, which keep their graph; None: 0, and all of 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after each backward pass, compare the two rebuilt first states
+    slice_tokens: int = 8192                # f sees so many at a time, about: whole sequences. Its graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -368,11 +369,9 @@ def evaluate(ctx, p):
     with torch.enable_grad(), torch.autocast(**ctx.autocast):
         return x, ctx.f(x, ctx.tape.cache)
 
-SLICE = 8192    # tokens that f sees at a time, about: whole sequences. Its graph takes most of the memory
-
-def n_slices(B, T):
+def n_slices(B, T, slice_tokens):
     """Of a batch: equally large ones if up to twice as many will do, since torch.compile makes a graph for every size."""
-    least = min(B, math.ceil(B * T / SLICE))
+    least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
 class Tape:
@@ -388,7 +387,7 @@ class Tape:
         (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
         self.kind = x.device.type
         self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
-        self.n_slices = 1 if cache else n_slices(*x.shape[:2])          # a cache is of the whole batch
+        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)   # a cache is of all
         self.norms = [torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype))]
 
     def slices(self, *tensors):

@@ -23,7 +23,7 @@ import model as model_py
 from runtime import compile_parts, recorded_states
 
 B, T, V, L = 2, 16, 65, 4
-SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32)
+SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32, slice_tokens=T)     # two slices of one sequence
 SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a'),
            dict(scheme='midpoint_a', a=[0.5, -0.5, 1 / 16, -1.25], h=[0.7, 1.3, 1.0, 1.1]),
            dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0]), dict(scheme='midpoint_sum'),
@@ -32,11 +32,6 @@ SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symple
 LEAPFROG = SCHEMES[1]
 every_scheme = pytest.mark.parametrize(
     'scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
-
-@pytest.fixture(autouse=True)
-def slices_of_one_sequence(monkeypatch):
-    """Every layer goes through in two slices, in all of these tests."""
-    monkeypatch.setattr(model_py, 'SLICE', T)
 
 def build(module=model_py, amplify=1, **kwargs):
     """The same random weights at every call, with the blocks' matrices amplified to behave as trained ones do."""
@@ -96,11 +91,11 @@ def test_stored_and_rebuilt_gradients_are_the_same_bits(scheme, dtype, dropout, 
         torch.set_default_dtype(torch.float32)
 
 @every_scheme
-def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(scheme, monkeypatch):
+def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(scheme):
     sliced = gradients(build(amplify=8, **scheme))
-    monkeypatch.setattr(model_py, 'SLICE', B * T)
-    check_exact(model_py, scheme, torch.bfloat16, dropout=0.1, amplify=8)
-    assert 0 < error(gradients(build(amplify=8, **scheme)), sliced) < 1e-5
+    whole = dict(scheme, slice_tokens=B * T)
+    check_exact(model_py, whole, torch.bfloat16, dropout=0.1, amplify=8)
+    assert 0 < error(gradients(build(amplify=8, **whole)), sliced) < 1e-5
 
 def plant_one_bit(model, step):
     """When this step is undone, in the first of its two slices, one element of p_next is 2^-32 too large or too small."""
@@ -321,7 +316,6 @@ def test_planted_fault_is_noticed(fault, tmp_path):
     faulty = importlib.util.module_from_spec(spec)
     sys.modules['faulty'] = faulty                  # where dataclass looks for the module
     spec.loader.exec_module(faulty)
-    faulty.SLICE = T
     with pytest.raises(AssertionError):
         check(faulty)
 
@@ -372,12 +366,11 @@ def test_the_count_sees_what_ordinary_autograd_and_checkpointing_keep():
 
 PEAK = """
 import sys, torch, model
-model.SLICE = int(sys.argv[2])
 def status(key):
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 for kwargs in eval(sys.argv[1]):
-    gpt = model.GPT(model.GPTConfig(block_size=256, vocab_size=256, n_head=4, n_embd=128, **kwargs))
+    gpt = model.GPT(model.GPTConfig(block_size=256, vocab_size=256, n_head=4, n_embd=128, slice_tokens=int(sys.argv[2]), **kwargs))
     idx = torch.randint(256, (48, 256))
     with open('/proc/self/clear_refs', 'w') as file:
         file.write('5')                                     # the peak begins anew

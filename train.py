@@ -79,7 +79,7 @@ FIELDS = {field.name for field in fields(GPTConfig)}
 auto = knobs.stored_layers == 'auto'
 if isinstance(knobs.stored_layers, str) and not auto:
     fail(f"stored_layers = '{knobs.stored_layers}': give a number, None or 'auto'")
-PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify,        # may change when a run goes on
+PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify, slice_tokens=knobs.slice_tokens,  # may change on the way
                stored_layers=None if auto else knobs.stored_layers)
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))

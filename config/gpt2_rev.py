@@ -27,4 +27,5 @@ weight_decay = 0.1
 eval_interval = 1000
 eval_windows = 2400
 compile = True
+slice_tokens = 32768    # 8192, the default, has too little work at this width for an H100 not to wait for its host
 stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same bits

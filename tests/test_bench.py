@@ -43,9 +43,8 @@ SCHEMES = [dict(scheme='standard'), dict(scheme='standard', stored_layers=0), di
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('scheme', SCHEMES, ids=str)
-def test_what_is_counted_without_memory_is_there_in_real_tensors_byte_for_byte(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(model_py, 'SLICE', 64)
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=32, vocab_size=64, **scheme)
+def test_what_is_counted_without_memory_is_there_in_real_tensors_byte_for_byte(scheme, dtype):
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=32, vocab_size=64, slice_tokens=64, **scheme)
     found = []
     for fake in (True, False):
         count = runtime.count_two_steps(lambda: GPT(config), 6, 32, dtype, fake)
@@ -105,10 +104,9 @@ def test_the_largest_batch_fits_and_the_next_does_not(place):
         assert peaks[0] <= 0.05e9 < peaks[1], (row, peaks)
     assert rows[3]['batch'] < rows[4]['batch'] < rows[5]['batch'] and rows[5]['to standard'] == rows[5]['batch'] / rows[3]['batch']
 
-def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(place, monkeypatch):
+def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(place):
     """Small batches have it at the end of backward, with all gradients of weights; large ones at its start, with all bits."""
-    monkeypatch.setattr(model_py, 'SLICE', 1024)
-    rows, _ = bench(place, 'batch', cases='midpoint_a/4bits', budget_gb=0.1, n_embd=128, block_size=64)
+    rows, _ = bench(place, 'batch', cases='midpoint_a/4bits', budget_gb=0.1, n_embd=128, block_size=64, slice_tokens=1024)
     assert rows[0]['MB per sequence'] == 64 * (128 * (8 + 8 + 4 + 4 + 2 * 4 / 8) + 8) / 1e6     # states, gradients, bits; tokens
 
 def test_length_frontier_and_curve(place):

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 import model as model_py
 from pretrained import turn_weights
 from runtime import adamw, compile_parts
-from test_reversible import (LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients,
-                             slices_of_one_sequence)
+from test_reversible import (LEAPFROG, SCHEMES, SHAPE, B, L, T, V, batch, build, check_exact, error, every_scheme, gradients)
 
 @pytest.mark.parametrize('chunk', [1, 7, B * T, 1000])
 @pytest.mark.parametrize('frozen', [False, True])
@@ -252,11 +251,10 @@ def test_states_may_overflow_and_are_rebuilt_all_the_same():
         p_next, cut_off = model_py.advance(p_prev.clone(), p, fx, step)
         assert torch.equal(model_py.rebuild(p_next, p, fx, cut_off, step), p_prev)
 
-def test_slices_are_of_equal_size_where_up_to_twice_as_many_will_do(monkeypatch):
-    monkeypatch.setattr(model_py, 'SLICE', 8192)
+def test_slices_are_of_equal_size_where_up_to_twice_as_many_will_do():
     for (B, T), sizes in {(60, 1024): [6] * 10, (8, 1024): [8], (64, 1024): [8] * 8, (2, 16384): [1, 1], (59, 1024): [8] * 3 + [7] * 5,
                           (1, 10**6): [1], (8, 256): [8]}.items():
-        parts = torch.empty(B, 1).tensor_split(model_py.n_slices(B, T))
+        parts = torch.empty(B, 1).tensor_split(model_py.n_slices(B, T, 8192))
         assert [len(part) for part in parts] == sizes, (B, T)
 
 def test_accumulated_gradients_equal_those_of_a_large_batch():
