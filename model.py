@@ -154,9 +154,8 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 def norm(config):
-    if config.norm == 'rmsnorm':
-        return nn.RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return (nn.RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else
+            nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias))
 
 class Block(nn.Module):
     """nanoGPT's Block minus the residual: f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))), which is paper eq. 2.5."""
@@ -182,7 +181,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.coefficients = config.coefficients()
-        self.recurrence = advance, rebuild                      # runtime.py's compile_parts() replaces both
+        self.recurrence, self.chunk_loss = (advance, rebuild), chunk_loss       # runtime.py's compile_parts() replaces them
         self.mismatches = 0                                     # elements rebuilt wrong, in all backward passes until now
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -201,15 +200,15 @@ class GPT(nn.Module):
                 deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(weight, std=0.02 / deep)
 
-    def forward(self, idx, targets=None, criterion=None, cache=None):
+    def forward(self, idx, targets=None, *criterion, cache=None):
         """
         idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is not counted:
-        (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
+        (None, mean cross entropy in nats per target), or the mean of another criterion and its others: see loss().
         """
         x = self.last_state(idx, cache)                                                     # (B, T, C)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
-        return None, self.loss(x, targets, criterion=criterion)
+        return None, self.loss(x, targets, *criterion)
 
     def hidden(self, idx):
         """idx (B, T) tokens -> (B, T, C) after the final norm; lm_head makes logits of them."""
@@ -257,15 +256,14 @@ class GPT(nn.Module):
             else:
                 yield j, block, (block,)
 
-    def loss(self, x, targets, chunk=1024, criterion=None):
+    def loss(self, x, targets, criterion=None, *others, chunk=1024):
         """
-        Mean loss of x (B, T, C) from last_state(). A criterion has (logits (N, V), slice of B * T) -> sum of N losses,
-        and must not depend on a number that is added to all logits of a row.
+        Mean loss of x (B, T, C) from last_state(). A criterion has (logits (N, V), targets (N), *others (N, ...)) -> sum
+        of N losses, and must not depend on a number that is added to all logits of a row. others are (B, T, ...) here.
         """
-        def cross_entropy(logits, rows):
-            return F.cross_entropy(logits, targets.flatten()[rows], ignore_index=-1, reduction='sum')
         norm, with_grad = self.transformer.ln_f, torch.is_grad_enabled()
-        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, norm, criterion or cross_entropy,
+        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, [y.flatten(0, 1) for y in (targets, *others)],
+                                 lambda *chunks: self.chunk_loss(norm, criterion or cross_entropy, *chunks),
                                  (targets != -1).sum(), chunk, with_grad,
                                  *(w for w in norm.parameters() if with_grad and w.requires_grad))
 
@@ -320,11 +318,10 @@ class ReversibleStep(torch.autograd.Function):
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
         a, b, g_weights = n / 2**bits, m / 2**bits, None
-        devices = [] if tape.kind == 'cpu' else [zero.device]
         if tape.g_lower is None:                # the last step is the first to add to the gradient of its p
             tape.g_lower = torch.zeros_like(tape.g_upper)
-        with torch.random.fork_rng(devices, enabled=tape.dropout, device_type=tape.kind):     # leaves no trace
-            if tape.dropout:                    # the same masks again
+        with torch.random.fork_rng([zero.device] * (tape.kind != 'cpu'), enabled=tape.dropout, device_type=tape.kind):
+            if tape.dropout:                    # the same masks again; fork_rng() leaves no trace of that
                 tape.generator.set_rng_state(ctx.rng_state)
             slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
             for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (b, T, C) each
@@ -481,35 +478,39 @@ def unpack(packed, bits, shape):
 def head(weight):
     """
     The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, without the mean of its rows. That
-    moves all logits of a token alike: softmax does not see it, and the gradients stay the same. Logits near -100, as
-    GPT-2's are said to be, have steps of 0.5 in bfloat16; RESULTS.md measures what that does to a retrofit's gradient.
+    moves all logits of a token alike, which softmax does not see. Logits near -100 would have steps of 0.5 in bfloat16.
     """
     kind, weight = weight.device.type, weight.detach()
     if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone
         return weight
     return (weight - weight.mean(0)).to(torch.get_autocast_dtype(kind))
 
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+
+def chunk_loss(norm, criterion, x, weight, *rows):              # x (n, C), weight (V, C), rows (n, ...)
+    return criterion(F.linear(norm(x), weight).to(wide(x.dtype)), *rows)                    # logits (n, V)
+
 class ChunkedLoss(torch.autograd.Function):
     """
-    The sum over chunks of criterion(logits, rows), divided by count. The logits of a chunk are norm(x[rows]) @ weight.T;
-    x (N, C), weight (V, C), rows is a slice of N. The gradients of a chunk are computed while its logits are there, so
-    none outlive their chunk and none are computed twice. Sums are in float32 or wider.
+    The sum of f(x, weight, *rows) over chunks of x (N, C) and rows (N, ...), divided by count. The gradients of a chunk are
+    computed while its logits are there: none outlives its chunk or is computed twice. Sums are in float32 or wider.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, norm, criterion, count, chunk, with_grad, *norm_weights):
+    def forward(ctx, x, weight, rows, f, count, chunk, with_grad, *norm_weights):
         w, dtype = head(weight), wide(x.dtype)
         leaves = [w.requires_grad_(), *norm_weights] if with_grad and weight.requires_grad else norm_weights
         total = torch.zeros((), dtype=dtype, device=x.device)
         grad_x = torch.empty_like(x, dtype=dtype) if with_grad else None
         grads = [torch.zeros_like(leaf, dtype=dtype) for leaf in leaves]
-        for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
+        for i in range(0, len(x), chunk):
+            x_i = x[i:i + chunk].detach().requires_grad_(with_grad)
             with torch.set_grad_enabled(with_grad):
-                x_i = x[rows].detach().requires_grad_(with_grad)
-                loss = criterion(F.linear(norm(x_i), w).to(dtype), rows)                     # logits (chunk, V)
+                loss = f(x_i, w, *(y[i:i + chunk] for y in rows))                           # of one chunk
             total += loss.detach()
             if with_grad:
-                grad_x[rows], *new = torch.autograd.grad(loss, (x_i, *leaves))
+                grad_x[i:i + chunk], *new = torch.autograd.grad(loss, (x_i, *leaves))
                 for grad, g in zip(grads, new):
                     grad += g
         ctx.grads = [g.div_(count) for g in (grad_x, *grads)] if with_grad else None

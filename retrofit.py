@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from model import GPT, head
+from model import GPT, cross_entropy, head
 from pretrained import build, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
                      open_data, open_log, peak_memory, save_checkpoint, say, seed_step, signals, start, training_batch,
@@ -94,21 +94,19 @@ def remembered(model):
     bits = [coefficients.bits for coefficients in model.coefficients]
     return bits[0] if len(set(bits)) == 1 else bits
 
-def distillation(teacher, hidden, targets, t, data_weight):
+def distillation(teacher, t, data_weight):
     """
     A criterion for GPT.loss(): the divergence KL(teacher, student), in nats a token, both at temperature t and scaled by
-    t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. hidden (B, T, C) is what
-    teacher.hidden() gave: its logits too exist one chunk at a time.
+    t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. It takes what teacher.hidden()
+    gave as its third argument: the teacher's logits too exist one chunk at a time.
     """
-    hidden, targets, teacher_head = hidden.flatten(0, 1), targets.flatten(), head(teacher.lm_head.weight)
+    teacher_head = head(teacher.lm_head.weight)
 
-    def criterion(logits, rows):                            # logits (chunk, V)
-        with torch.no_grad():
-            wanted = F.log_softmax(F.linear(hidden[rows], teacher_head).to(logits.dtype) / t, dim=-1)
+    def criterion(logits, targets, hidden):                 # logits (chunk, V), targets (chunk), hidden (chunk, C)
+        wanted = F.log_softmax(F.linear(hidden, teacher_head).to(logits.dtype) / t, dim=-1)
         loss = F.kl_div(F.log_softmax(logits / t, dim=-1), wanted, reduction='sum', log_target=True) * t**2
         if data_weight:
-            own = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction='sum')
-            loss = (1 - data_weight) * loss + data_weight * own
+            loss = (1 - data_weight) * loss + data_weight * cross_entropy(logits, targets)
         return loss
     return criterion
 
@@ -167,6 +165,8 @@ def tune(name, conversion, bits, sign, seed):
     accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
     began, first_step = time.time(), step
     clock, clock_step = began, step
+    with here.autocast:                     # whose dtype the teacher's head gets
+        criterion = distillation(teacher, knobs.temperature, knobs.data_weight)
     x, y = training_batch(train_data, run, step, 0, here.device)                            # (B, T) each
     while step < knobs.max_iters:
         if a != a_at(step, run):            # between two steps, never between forward and backward
@@ -184,8 +184,7 @@ def tune(name, conversion, bits, sign, seed):
             with here.autocast:
                 with torch.no_grad():
                     hidden = teacher.hidden(x)                                              # (B, T, C)
-                criterion = distillation(teacher, hidden, y, knobs.temperature, knobs.data_weight)
-                micro_loss = model(x, y, criterion)[1] / accumulation
+                micro_loss = model(x, y, criterion, hidden)[1] / accumulation
             here.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
             following = (step, micro + 1) if micro + 1 < accumulation else (step + 1, 0)

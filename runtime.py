@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tqdm import tqdm
 
 from configurator import machine
-from model import GPT, advance, rebuild
+from model import GPT, advance, chunk_loss, rebuild
 
 # -----------------------------------------------------------------------------
 # processes
@@ -148,7 +148,7 @@ def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 def compile_parts(model):
-    """torch.compile of every f of a GPT, and of the recurrence, a dozen small operations, into one kernel each way."""
+    """torch.compile of every f of a GPT, of a chunk of the loss, and of the recurrence, into one kernel each way."""
     # The backward pass has threads of its own: in torch 2.11 the configured limit holds in all of them, in 2.13 in the one that
     # sets it alone, but the argument, which 2.11 lacks, in all.
     torch.compiler.config.recompile_limit = 1000
@@ -158,6 +158,7 @@ def compile_parts(model):
     for block in model.transformer.h:
         for name in ('attention', 'feedforward') if model.config.scheme == 'symplectic' else ('forward',):
             setattr(block, name, torch.compile(getattr(block, name), dynamic=False, fullgraph=True, **limit))
+    model.chunk_loss = torch.compile(chunk_loss, dynamic=False, fullgraph=True, **limit)
     # the recurrence has the same bits in every kernel, so one for all a will do, for each number of remembered bits
     model.recurrence = [torch.compile(f, **limit) for f in (advance, rebuild)]
 

@@ -32,12 +32,12 @@ def test_chunked_loss_equals_the_plain_one(chunk, frozen):
         if plain:
             loss = F.cross_entropy(model.lm_head(model.transformer.ln_f(x)).flatten(0, 1), targets.flatten(), ignore_index=-1)
         else:
-            loss = model.loss(x, targets, chunk)
+            loss = model.loss(x, targets, chunk=chunk)
         (3 * loss).backward()
         results.append((loss.detach(), x.grad, model.lm_head.weight.grad, *(w.grad for w in model.transformer.ln_f.parameters())))
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch.testing.assert_close(model.loss(x, targets, chunk), loss.detach(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(model.loss(x, targets, chunk=chunk), loss.detach(), rtol=1e-5, atol=0)
     for plain, chunked in zip(*results):
         assert (plain is None) == (chunked is None) == (frozen and plain is None)
         assert plain is None or (plain - chunked).norm() <= 1e-5 * plain.norm()
@@ -63,15 +63,15 @@ def test_logits_are_never_whole_in_memory():
 def test_no_chunk_of_the_loss_outlives_itself_in_autocast():
     model, (idx, targets), chunks = build(), batch(), []
 
-    def criterion(logits, rows):
+    def criterion(logits, targets):
         leaf = logits.grad_fn
         while not hasattr(leaf, 'variable'):
             leaf = leaf.next_functions[0][0]
         chunks.append(weakref.ref(leaf.variable))
-        return F.cross_entropy(logits, targets.flatten()[rows], reduction='sum')
+        return F.cross_entropy(logits, targets, reduction='sum')
 
     with torch.autocast('cpu', torch.bfloat16):
-        model.loss(model.last_state(idx), targets, chunk=7, criterion=criterion)
+        model.loss(model.last_state(idx), targets, criterion, chunk=7)
         assert len(chunks) > 2 and not any(chunk() is not None for chunk in chunks)
 
 FLOATS = [dict(scheme='standard'), *[dict(scheme, exact=False) for scheme in SCHEMES[:4]]]
@@ -322,6 +322,18 @@ def test_annealing_compiles_one_recurrence_for_all_a_of_as_many_bits():
         assert torch.equal(p_next, model_py.advance(p_prev.clone(), p, fx, step)[0])
         assert torch.equal(rebuild(p_next, p, fx, cut_off, step), p_prev)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 4         # the first a, and all others: each way
+
+@compiler
+def test_a_compiled_chunk_of_the_loss_is_one_graph_for_all_chunks():
+    model, plain, (idx, targets) = build(), build(), batch()
+    compile_parts(model)
+    frames = torch._dynamo.utils.counters['stats']
+    before = frames['unique_graphs']
+    for each in (plain, model):
+        each.loss(torch.randn(B, T, 32, generator=torch.Generator().manual_seed(3)).requires_grad_(), targets, chunk=8).backward()
+    assert frames['unique_graphs'] == before + 1
+    for name in ('lm_head.weight', 'transformer.ln_f.weight'):
+        torch.testing.assert_close(model.get_parameter(name).grad, plain.get_parameter(name).grad)
 
 @compiler
 def test_a_model_compiled_from_outside_is_right():

@@ -37,7 +37,7 @@ def test_chunked_divergence_equals_the_plain_one(t, data_weight):
         teacher, student = pair()
         state, wanted = student.last_state(x), teacher.lm_head(teacher.hidden(x)).flatten(0, 1)
         if chunk:
-            loss = student.loss(state, y, chunk, retrofit.distillation(teacher, teacher.hidden(x), y, t, data_weight))
+            loss = student.loss(state, y, retrofit.distillation(teacher, t, data_weight), teacher.hidden(x), chunk=chunk)
         else:
             logits = student.lm_head(student.transformer.ln_f(state)).flatten(0, 1)
             p, q = F.softmax(wanted / t, -1), F.softmax(logits / t, -1)
@@ -63,7 +63,7 @@ def test_divergence_in_bfloat16_survives_an_offset_of_the_logits():
         for model in (teacher, student):
             model.lm_head.weight.data += offset
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            losses.append(student.loss(x, idx, 7, retrofit.distillation(teacher, x, idx, 1.0, 0.0)).item())
+            losses.append(student.loss(x, idx, retrofit.distillation(teacher, 1.0, 0.0), x, chunk=7).item())
         for model in (teacher, student):
             model.lm_head.weight.data -= offset
     assert losses[1] == pytest.approx(losses[0], rel=1e-2) and losses[2] == pytest.approx(losses[0], rel=0.1)
@@ -85,7 +85,7 @@ def test_no_logits_are_whole_in_memory():
     idx = torch.randint(50304, (4, 512))
     with Watch():
         hidden = teacher.hidden(idx)
-        student(idx, idx, retrofit.distillation(teacher, hidden, idx, 1.0, 0.0))[1].backward()
+        student(idx, idx, retrofit.distillation(teacher, 1.0, 0.0), hidden)[1].backward()
     assert largest == 1024 * 50304
 
 PEAK = """
@@ -102,7 +102,7 @@ def status(key):
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 before = status('VmRSS')
 hidden = teacher.hidden(idx)
-student(idx, idx, retrofit.distillation(teacher, hidden, idx, 1.0, 0.0))[1].backward()
+student(idx, idx, retrofit.distillation(teacher, 1.0, 0.0), hidden)[1].backward()
 print(status('VmHWM') - before)
 """
 
