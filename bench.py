@@ -12,14 +12,14 @@ tokens, that stores its activations, or checkpoints them (every block is evaluat
     torchrun --standalone --nproc_per_node=8 bench.py throughput ...            # the batch of each GPU
 
 On a GPU memory is measured: what torch allocates, of which a budget is a hard limit. Elsewhere it is counted (Count in
-runtime.py): live bytes of two steps of AdamW, eager, for any size and within seconds; an allocator's gaps, CUDA itself and
-work spaces come on top. GB and MB are 10^9 and 10^6 bytes. Time is measured in turns, and a ratio is between neighbours
-in time, because a shared machine changes its speed. --json=FILE keeps the rows, each as soon as it is there.
+runtime.py): live bytes of two steps of AdamW, eager; an allocator's gaps, CUDA and work spaces come on top. GB and MB are
+10^9 and 10^6 bytes. Time is measured in turns, and a ratio is between neighbours in time. --json=FILE keeps the rows.
 """
 import os
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')    # or gaps count as memory
 
 import gc
+import importlib.util
 import math
 import signal
 import statistics
@@ -58,6 +58,7 @@ class Knobs:
     chunked_loss: bool = True       # False: all logits at once, by ordinary autograd
     slice_tokens: int = 8192        # that a layer sees at a time
     repeats: int = 7                # throughput: turns that count, after one that does not
+    processor_time: bool = False    # throughput: the processor's seconds, of forward and backward alone; for one thread
     json: str | None = None         # a file for the rows
     compile: bool = False
     device: str = 'auto'            # 'cuda', 'cpu'
@@ -84,6 +85,8 @@ CASES = {'standard': dict(scheme='standard', stored=1), 'standard/half': dict(sc
 SCHEMES = dict(midpoint={}, leapfrog={}, symplectic={}, midpoint_a=dict(a=0.5), midpoint_sum={})
 ENDS = {'': dict(stored=0), '/half': dict(stored=0.5), '/all': dict(stored=1), '/dial': dict(stored='dial'),
         '/float': dict(stored=0, exact=False)}
+if importlib.util.find_spec('revlib'):           # pip install revlib: a library of float states, here on our blocks
+    CASES['revlib'] = dict(scheme='standard', stored=0, rival='revlib')
 for name, scheme in SCHEMES.items():
     CASES |= {name + end: dict(scheme=name, **scheme, **change) for end, change in ENDS.items()}
 CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits, stored=0) for bits in (4, 0)}      # it is 1 bit
@@ -92,21 +95,22 @@ MODES = dict(depth='standard,checkpointed,leapfrog,midpoint_a', frontier='standa
              batch='standard,checkpointed,checkpointed/sliced,checkpointed/bf16,midpoint,leapfrog,symplectic',
              length='standard,checkpointed,checkpointed/sliced,leapfrog', curve='standard,checkpointed,leapfrog',
              check='standard,checkpointed,leapfrog', resident='standard', throughput=','.join(
-                 ['standard', 'standard/half', 'checkpointed', *(a + b for a in SCHEMES for b in ENDS)]))
+                 ['standard', 'standard/half', 'checkpointed', 'revlib', *(a + b for a in SCHEMES for b in ENDS)]))
 mode = sys.argv[1] if len(sys.argv) > 1 else ''
 knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
 if mode not in MODES:
     sys.exit(f"unknown mode '{mode}': write python bench.py and one of {', '.join(name for name in MODES if name != 'resident')}")
 budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budget_gb] if knobs.budget_gb else []
-left_out = ['/dial'] * bool(budgets) + ['/bf16'] * (knobs.dtype != 'bfloat16')           # of what a mode has
-cases = (knobs.cases or ','.join(name for name in MODES[mode].split(',') if not name.endswith(tuple(left_out)))).split(',')
-if knobs.shape not in ('', *SHAPES):
-    sys.exit(f"unknown shape '{knobs.shape}': choose among {', '.join(SHAPES)}")
+# of what a mode has; revlib's backward pass leaves autocast
+left_out = ['/dial'] * bool(budgets) + ['/bf16'] * (knobs.dtype != 'bfloat16') + ['revlib'] * (knobs.dtype != 'float32')
+cases = (knobs.cases or ','.join(name for name in MODES[mode].split(',')
+                                 if name in CASES and not name.endswith(tuple(left_out)))).split(',')
 shape = SHAPES.get(knobs.shape) or {key: getattr(knobs, key) for key in (
     'block_size', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias')}
 T, layers = shape['block_size'], knobs.layers or ([12, 24, 48] if mode == 'depth' else [shape['n_layer']])
-if unknown := [name for name in cases if name not in CASES]:
-    sys.exit(f"unknown case '{unknown[0]}': choose among {', '.join(CASES)}")
+for what, given, known in (('shape', [knobs.shape or 'gpt2'], SHAPES), ('case', cases, CASES)):
+    if unknown := [name for name in given if name not in known]:
+        sys.exit(f"unknown {what} '{unknown[0]}': choose among {', '.join(known)}")
 if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
     sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone')
 if 'checkpointed/bf16' in cases and knobs.dtype != 'bfloat16':
@@ -142,11 +146,13 @@ def build(name, weights=None, device=None, **change):
         model = GPT(config)
     if weights:
         model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
-    if rival:
+    if rival == 'revlib':
+        stack = importlib.import_module('revlib').ReversibleSequential(*model.transformer.h, split_dim=-1)
+        model.integrate = lambda x, cache=None: stack(torch.cat((x, x), dim=-1)).chunk(2, dim=-1)[1]
+    elif rival:
         model.integrate = partial(checkpoint_in_slices, model, rival)
     if not knobs.chunked_loss:
-        model.forward = lambda idx, targets: (None, F.cross_entropy(
-            model.lm_head(model.hidden(idx)).flatten(0, 1), targets.flatten()))
+        model.forward = lambda idx, y: (None, F.cross_entropy(model.lm_head(model.hidden(idx)).flatten(0, 1), y.flatten()))
     if knobs.compile:
         compile_parts(model)
     return model
@@ -173,20 +179,21 @@ def parallel(model, group=None):
 def train(model, optimizer, x, y, steps):
     """Seconds that these steps take."""
     synchronize = torch.cuda.synchronize if here.kind == 'cuda' else lambda: None
+    clock = time.process_time if knobs.processor_time else time.perf_counter
     synchronize()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(steps):
         with here.autocast:
             loss = model(x, y)[1]
         here.scaler.scale(loss).backward()
-        here.scaler.step(optimizer)
-        here.scaler.update()
+        if not knobs.processor_time:
+            here.scaler.step(optimizer)
+            here.scaler.update()
         optimizer.zero_grad(set_to_none=True)
     synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
-def optimizer_of(model):
-    return adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
+optimizer_of = partial(adamw, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
 
 # -----------------------------------------------------------------------------
 # memory, in bytes
@@ -231,9 +238,8 @@ def needs(name, B, T, n_layer=shape['n_layer'], **change):
 
 def line(name, n_layer, **change):
     """
-    (bytes without sequences, bytes per sequence) of each phase of training: forward, backward until the first gradient of a
-    weight, until the next, ... Beyond a few slices every phase grows by the same for every slice of the batch: two counts
-    say all. The peak moves from phase to phase as the batch grows. A test compares this with the count of a third batch.
+    (bytes without sequences, bytes per sequence) of each phase of training, of which backward has as many as gradients arrive.
+    Beyond a few slices a phase grows by the same for every slice: two counts say all. A test compares with a third batch.
     """
     few = 4 * max(1, knobs.slice_tokens // T)
     phases = [counted(name, B, T, n_layer, **change)[2] for B in (few, 2 * few)]
@@ -278,9 +284,8 @@ def depth():
             weights = sum(w.numel() for w in build(name, n_layer=n).parameters()) if here.kind == 'cuda' else 0
             peaks.append(needs(name, knobs.batch_size, T, n) - 16 * weights if weights else
                          counted(name, knobs.batch_size, T, n)[1])
-        mean = statistics.mean(layers)
-        slope = sum((n - mean) * p for n, p in zip(layers, peaks)) / sum((n - mean)**2 for n in layers)
-        row(name, **{'MB per layer': slope / 1e6}, **{f'{n} layers': p / 1e6 for n, p in zip(layers, peaks)}, layers=layers)
+        row(name, **{'MB per layer': statistics.linear_regression(layers, peaks).slope / 1e6},
+            **{f'{n} layers': p / 1e6 for n, p in zip(layers, peaks)}, layers=layers)
 
 # as quoted, for GPT-2 small at T = 1024: the largest batches by gigabytes; for C = 512 under 80 GB: by layers
 PAPER = {('gpt2', gb, 12): dict(standard=a, midpoint=b) for gb, a, b in ((24, 6, 58), (40, 12, 119), (48, 15, 140), (80, 26, 257))}
@@ -354,6 +359,9 @@ def resident():
     train(model, optimizer_of(model), x, y, 2)
     print(status('VmHWM') - before)
 
+def spread(values):
+    return (statistics.median(values), min(values), max(values)) if values else (None,) * 3
+
 def throughput():
     if world > 1:
         say(f'{world} processes: the batch is that of each, tokens/s are those of all')
@@ -394,16 +402,13 @@ def take_turns(gigabytes):
             speeds = {each: [sizes[each] * T * world / seconds for seconds in times.get(each, [])]
                       for each in (name, 'standard', 'checkpointed', name.replace('/float', ''))}
             ratios = {other: [b / a for a, b in zip(speeds[name], speeds[other])] for other in speeds}
-            row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **{
-                'stored layers': models[name].config.stored_layers if name in models else None,
-                'tokens/s': statistics.median(speeds[name]) if speeds[name] else None,
-                'lowest': min(speeds[name], default=None), 'highest': max(speeds[name], default=None),
-                **{f'time to {other}': statistics.median(ratios[other]) if ratios[other] else None
-                   for other in ('standard', 'checkpointed')}}, all_seconds=times.get(name, []))
+            row(name, GB=gigabytes, batch=sizes[name] or 'does not fit', **dict(zip(
+                ('stored layers', 'tokens/s', 'lowest', 'highest', 'time to standard', 'least', 'most', 'time to checkpointed'),
+                (models[name].config.stored_layers if name in models else None, *spread(speeds[name]),
+                 *spread(ratios['standard']), spread(ratios['checkpointed'])[0]))), all_seconds=times.get(name, []))
             if name.endswith('/float') and ratios[name[:-6]]:
-                inverse = [1 / ratio for ratio in ratios[name[:-6]]]
-                say(f'{name[:-6]}: exact takes {statistics.median(inverse):.3f} ({min(inverse):.3f} to {max(inverse):.3f}) of '
-                    'the time of float states')
+                say('{}: exact takes {:.3f} ({:.3f} to {:.3f}) of the time of float states'.format(
+                    name[:-6], *spread([1 / ratio for ratio in ratios[name[:-6]]])))
 
 row = open_table(knobs.json, provenance(here, knobs))
 signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell may have a job in the background ignore Ctrl-C

@@ -141,6 +141,11 @@ def test_throughput_of_two_processes_counts_the_tokens_of_both(place):
         assert row['lowest'] <= row['tokens/s'] <= row['highest']
     assert result['rows'][0]['time to standard'] == 1 and result['rows'][0]['stored layers'] == 2
 
+@pytest.mark.skipif(not importlib.util.find_spec('revlib'), reason='revlib is not installed')
+def test_another_library_runs_beside_ours(place):
+    rows, _ = bench(place, 'throughput', cases='standard,revlib', repeats=1, dtype='float32', processor_time=True)
+    assert [row['case'] for row in rows] == ['standard', 'revlib'] and rows[1]['least'] == rows[1]['time to standard'] > 0
+
 def test_throughput_at_the_largest_batch(place):
     rows, _ = bench(place, 'throughput', cases='leapfrog', repeats=1, budget_gb=0.02)
     assert all(row['GB'] == 0.02 and row['batch'] > 1 and row['tokens/s'] > 0 for row in rows) and len(rows) == 1
