@@ -206,6 +206,16 @@ def test_other_measurements_complain_in_a_sentence(place, script, flags, sentenc
     finally:
         torch.use_deterministic_algorithms(False)
 
+def test_what_hurts_other_engines_does_not_hurt_ours(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, 'results'))
+    peers, rows = importlib.import_module('peers'), []
+    monkeypatch.setattr(peers, 'parallel', lambda make: 'gradients')        # needs a group of processes: see test_model.py
+    peers.table(dict(leapfrog=lambda stored, **change: peers.ours('leapfrog', stored, **change)),
+                lambda case, **values: rows.append(values))
+    assert rows[0]['error'] == rows[0]['error x8 bf16'] == rows[0]['error x8 dropout'] == 0
+    assert rows[0]['frozen embedding'] == rows[0]['autograd.grad'] == 'gradients' and rows[0]['overflow'] == 'loss nan'
+    assert rows[0]['changed weights'].startswith('stops: one of the variables needed')
+
 def test_sampling_writes_the_same_tokens_as_transformers(place):
     output = run(place, 'results/sampling.py', new_tokens=20, repeats=1, n_layer=2, n_head=2, n_embd=32, vocab_size=65,
                  block_size=32, device='cpu', dtype='float32')
