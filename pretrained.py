@@ -2,18 +2,22 @@
 Weights and tokenizers of pretrained models: where they are found, and which of their tensors are which of ours.
 
     model = GPT.from_pretrained('gpt2')                                 # also gpt2-medium, gpt2-large, gpt2-xl
-    model = GPT.from_pretrained('HuggingFaceTB/SmolLM2-135M')           # -360M, -1.7B
-    model = GPT.from_pretrained('TinyLlama/TinyLlama-1.1B-Chat-v1.0')   # and the other TinyLlama 1.1B releases
+    model = GPT.from_pretrained('HuggingFaceTB/SmolLM2-135M')           # any organization/name whose model is a GPT-2 or
+                                                                        # a Llama, such as TinyLlama/TinyLlama-1.1B-Chat-v1.0
     model = GPT.from_pretrained('some/folder')                          # as transformers' save_pretrained writes it
     model = GPT.from_pretrained('ckpt.pt', scheme='leapfrog', h=0.25)   # of nanoGPT; fields of GPTConfig to change
 
-Downloads go to the folder weights/, from https://huggingface.co or whatever the environment's HF_ENDPOINT says. What is
-wrong with a model is said in one ValueError; a download that fails ends the program (SystemExit).
+Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/, from
+https://huggingface.co or whatever the environment's HF_ENDPOINT says, with HF_TOKEN if it is set. What is wrong with a
+model is said in one ValueError; a download that fails ends the program (SystemExit).
 """
 import json
 import os
+import re
 import sys
+from functools import partial
 
+import numpy as np
 import requests
 import torch
 
@@ -28,14 +32,25 @@ def local(name, file):
     """Where a file of a model is, or will be when it has been downloaded."""
     if os.path.isdir(name):
         return os.path.join(name, file)
-    return os.path.join('weights', *hub_name(name).split('/'), file)
+    path = os.path.join('weights', *hub_name(name).split('/'), file)
+    cached = in_the_hubs_cache(name, file)
+    return cached if cached and not os.path.exists(path) else path
+
+def in_the_hubs_cache(name, file):
+    """Where the package huggingface_hub has put this file, in its newest version; None if it has not."""
+    home = os.environ.get('HF_HOME') or os.path.join('~', '.cache', 'huggingface')
+    folder = os.path.join(os.path.expanduser(home), 'hub', f"models--{hub_name(name).replace('/', '--')}")
+    if os.path.isfile(main := os.path.join(folder, 'refs', 'main')):
+        with open(main) as ref:
+            path = os.path.join(folder, 'snapshots', ref.read().strip(), file)
+        return path if os.path.exists(path) else None
 
 def hub_name(name):
     if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
         name = f'openai-community/{name}'
-    if not name.startswith(('openai-community/gpt2', 'TinyLlama/TinyLlama', 'HuggingFaceTB/SmolLM2-')):
-        raise ValueError(f"'{name}' is neither a folder nor a model known here: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-                         'TinyLlama/TinyLlama-1.1B..., HuggingFaceTB/SmolLM2-135M, -360M or -1.7B')
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+        raise ValueError(f"'{name}' is neither a folder nor a model of the hub: give organization/name, such as "
+                         'HuggingFaceTB/SmolLM2-135M, or gpt2, gpt2-medium, gpt2-large or gpt2-xl')
     return name
 
 def find(name, file):
@@ -45,19 +60,25 @@ def find(name, file):
         if os.path.isdir(name):
             return None
         host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-        url = f'{host}/{hub_name(name)}/resolve/main/{file}'
+        url, token = f'{host}/{hub_name(name)}/resolve/main/{file}', os.environ.get('HF_TOKEN')
         try:
-            if requests.head(url, allow_redirects=True, timeout=30).status_code == 404:
-                return None
+            status = requests.head(url, headers={'Authorization': f'Bearer {token}'} if token else {}, allow_redirects=True,
+                                   timeout=30).status_code
         except requests.RequestException as error:
             sys.exit(f'cannot reach {url} ({type(error).__name__}): check the connection and run the command again')
-        download(url, path)
+        if status == 404:
+            return None
+        if status in (401, 403):                # the hub says so of models that do not exist, too
+            raise ValueError(f'{name} is no folder here, and the hub shows no such model: check the name; if the model is '
+                             'private or gated, set HF_TOKEN to a token that may read it')
+        download(url, path, token=token)
     return path
 
 def need(name, file):
     path = find(name, file)
     if path is None:
-        raise ValueError(f'{name} has no {file}')
+        raise ValueError(f'{name} has no {file}' if os.path.isdir(name) else
+                         f'{name} is no folder here, and on the hub it has no {file}')
     return path
 
 def read_json(path):
@@ -74,7 +95,13 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
           'U8': torch.uint8, 'BOOL': torch.bool}
 
 def read_safetensors(path):
-    """Name -> tensor. The format: 8 bytes with the length of a JSON header, the header, and the tensors' raw bytes."""
+    """
+    Name -> (shape, a function that reads the tensor), so that one is in memory at a time. The format: 8 bytes with the
+    length of a JSON header, the header, and the tensors' raw bytes.
+    """
+    def read(start, n, dtype, shape):
+        return torch.from_numpy(np.fromfile(path, np.uint8, n, offset=start)).view(dtype).view(shape)
+
     size, tensors = os.path.getsize(path), {}
     with open(path, 'rb') as file:
         length = int.from_bytes(file.read(8), 'little')
@@ -84,16 +111,16 @@ def read_safetensors(path):
             if size != 8 + length + max(entry['data_offsets'][1] for entry in header.values()):
                 raise ValueError
             for name, entry in header.items():
-                start, end = entry['data_offsets']
-                file.seek(8 + length + start)
-                raw = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry['dtype']])
-                tensors[name] = raw.view(entry['shape'])
+                (start, end), dtype, shape = entry['data_offsets'], DTYPES[entry['dtype']], torch.Size(entry['shape'])
+                if end - start != shape.numel() * dtype.itemsize:
+                    raise ValueError
+                tensors[name] = shape, partial(read, 8 + length + start, end - start, dtype, shape)
         except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
             raise ValueError(f'{path} is cut off, or no safetensors file: delete it and fetch it again') from None
     return tensors
 
 def read_weights(name):
-    """All tensors of a model, from one file or from the shards of an index."""
+    """As read_safetensors(), from one file or from the shards of an index."""
     files = ['model.safetensors']
     if not os.path.exists(local(name, files[0])) and (index := find(name, 'model.safetensors.index.json')):
         shards = read_json(index).get('weight_map')
@@ -125,7 +152,10 @@ def shapes(config):
         return {name: weight.shape for name, weight in GPT(GPTConfig(**config)).state_dict().items()}
 
 def rename(theirs, family, config, where):
-    """Our state dict, from the tensors of a family: every one of ours is there in its shape, and none is left over."""
+    """
+    Our name -> functions that read its parts, which lie one under the other, from the tensors of a family: every one of ours
+    is there in its shape, and none is left over.
+    """
     table, layers = FAMILIES[family]
     theirs = {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in theirs.items()
               if not name.endswith(BUFFERS)}
@@ -148,16 +178,16 @@ def rename(theirs, family, config, where):
         transposed = family == 'gpt2' and prefix and len(shape) == 2
         parts = []
         for source in sources:
-            tensor = theirs.get(f'{prefix}{source}.{kind}')
+            found, read = theirs.get(f'{prefix}{source}.{kind}', (None, None))
             wanted = torch.Size((rows[source], *shape[1:])) if source in rows else shape[::-1] if transposed else shape
-            if tensor is None:
+            if found is None:
                 raise ValueError(f'{where} has no tensor {prefix}{source}.{kind}')
-            if tensor.shape != wanted:
-                raise ValueError(f'{where}: {prefix}{source}.{kind} has shape {tuple(tensor.shape)}, and config.json says '
+            if found != wanted:
+                raise ValueError(f'{where}: {prefix}{source}.{kind} has shape {tuple(found)}, and config.json says '
                                  f'{tuple(wanted)}')
             used.add(f'{prefix}{source}.{kind}')
-            parts.append(tensor.float().t() if transposed else tensor.float())
-        ours[name] = torch.cat(parts)
+            parts.append((lambda read=read: read().t()) if transposed else read)
+        ours[name] = parts
     nothing_left(theirs.keys() - used, where)
     return ours
 
@@ -211,7 +241,7 @@ def config_of(theirs, where):
     raise ValueError(f'{where}: the architecture {family!r} is not supported, only gpt2 and llama')
 
 def load(name):
-    """(fields of GPTConfig, state dict, how its text became tokens) of a name, a folder or a checkpoint."""
+    """(fields of GPTConfig, weights as rename() gives them, how its text became tokens) of a name, a folder or a checkpoint."""
     if name.endswith('.pt'):
         return load_checkpoint_of_any(name)
     path = need(name, 'config.json')
@@ -228,7 +258,7 @@ def load_checkpoint_of_any(path):
         nano = False                            # load_checkpoint() says what is wrong
     if not nano:
         checkpoint = load_checkpoint(path)
-        return checkpoint['config'], checkpoint['model'], checkpoint['meta']
+        return checkpoint['config'], one_part_each(checkpoint['model']), checkpoint['meta']
     config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
     weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
                if not name.endswith(BUFFERS)}
@@ -242,18 +272,29 @@ def load_checkpoint_of_any(path):
     nothing_left(weights.keys() - shapes(config).keys(), path)
     # nanoGPT keeps how text became tokens beside its data, and GPT-2's way is all it has of others
     meta = dict(encoding='gpt2', vocab_size=50257) if config['vocab_size'] >= 50257 else dict(encoding='unknown')
-    return config, weights, meta
+    return config, one_part_each(weights), meta
+
+def one_part_each(weights):
+    return {name: [lambda tensor=tensor: tensor] for name, tensor in weights.items()}
 
 def build(name, **overrides):
     """(model, how its text became tokens) of a name, a folder or a checkpoint, with fields of GPTConfig to change."""
     config, weights, meta = load(name)
-    model = GPT(GPTConfig(**{**config, **overrides}))
-    if 'transformer.wpe.weight' in weights:     # learned positions may be cut to a shorter context
-        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:model.config.block_size]
-    found, wanted = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, model.state_dict()))
-    if found != wanted or GPTConfig(**config).tied != model.config.tied:
+    with torch.device('meta'):                  # no memory yet, and no random weights
+        model = GPT(GPTConfig(**{**config, **overrides}))
+    found = shapes(dict(config, block_size=min(config['block_size'], model.config.block_size)))    # learned positions may be cut
+    if found != {key: weight.shape for key, weight in model.state_dict().items()} or GPTConfig(**config).tied != model.config.tied:
         raise ValueError(f'the weights of {name} do not fit a model with {overrides}')
-    model.load_state_dict(weights)
+    model.to_empty(device='cpu')
+    if model.config.tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            first = 0
+            for read in weights[key]:           # beside the weights, one tensor at a time is in memory
+                part = read()[:len(weight) - first]
+                weight[first:first + len(part)] = part
+                first += len(part)
     return model, meta
 
 # -----------------------------------------------------------------------------

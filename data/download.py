@@ -32,8 +32,8 @@ CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
 # -----------------------------------------------------------------------------
 # from the network to a file
 
-def download(url, path, size=None, sha256=None):
-    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified where known"""
+def download(url, path, size=None, sha256=None, token=None):
+    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified where known; token: the server's, if it wants one"""
     path, part = Path(path), Path(f'{path}.part')
     if path.exists():
         if sha256 and digest(path) != sha256:
@@ -42,7 +42,7 @@ def download(url, path, size=None, sha256=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent):
         if not path.exists(): # else another process has fetched it meanwhile
-            fetch_verified(url, path, part, size, sha256)
+            fetch_verified(url, path, part, size, sha256, token)
 
 @contextmanager
 def alone_in(folder):
@@ -57,11 +57,11 @@ def alone_in(folder):
     finally:
         os.close(descriptor)
 
-def fetch_verified(url, path, part, size, sha256):
+def fetch_verified(url, path, part, size, sha256, token):
     """the file under its final name: several tries, then one sentence"""
     for pause in (*PAUSES, None):
         try:
-            published = fetch(url, part, size)
+            published = fetch(url, part, size, token)
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
@@ -79,10 +79,12 @@ def fetch_verified(url, path, part, size, sha256):
         sys.exit(f'{url} arrived with a wrong sha256 and was deleted: run the command again')
     publish(part, path)
 
-def fetch(url, part, size):
+def fetch(url, part, size, token):
     """one request for what part still lacks; part is whole when it returns the sha256 the server names"""
     have = part.stat().st_size if part.exists() else 0
     headers = {'Accept-Encoding': 'identity'} # compressed, lengths and ranges would not be the file's
+    if token:
+        headers['Authorization'] = f'Bearer {token}' # requests does not pass it on to another host
     if have:
         headers['Range'] = f'bytes={have}-'
 

@@ -44,6 +44,8 @@ class Site(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.files = {'/file': BODY}
         self.ranges = [] # of the requests so far, None for the whole file
+        self.tokens = [] # that came with them
+        self.refused = [] # paths for which a token is needed
         self.errors = [] # statuses to answer first
         self.cuts = [] # bytes after which the first answers break off
         self.ignore_range = False
@@ -58,6 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         assert self.headers['Accept-Encoding'] == 'identity'
         asked = self.headers['Range']
         site.ranges.append(asked)
+        site.tokens.append(self.headers['Authorization'])
         if site.errors:
             return self.answer(site.errors.pop(0))
         if path not in site.files:
@@ -71,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, {'Content-Range': f'bytes {start}-{total - 1}/{total}'}, body[start:])
 
     def do_HEAD(self):
-        self.answer(200 if self.path in self.server.files else 404)
+        refused = self.path in self.server.refused and self.headers['Authorization'] != 'Bearer secret'
+        self.answer(401 if refused else 200 if self.path in self.server.files else 404)
 
     def answer(self, status, headers={}, body=b''):
         self.send_response(status)

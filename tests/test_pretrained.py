@@ -5,6 +5,9 @@ Small random models, written here as the public ones are written. Those that com
 are skipped where these packages are not installed.
 """
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,12 +54,12 @@ def against_transformers(theirs, folder, **how):
         weight.data = 3 * weight.data if weight.dim() == 2 else weight.data + 0.1 * torch.randn(weight.shape)
     theirs.eval().save_pretrained(folder, **how)
     ours = GPT.from_pretrained(str(folder)).eval()
-    idx = torch.randint(theirs.config.vocab_size, (2, 48))
+    idx = torch.randint(theirs.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want, got = theirs(idx).logits, ours.lm_head(ours.hidden(idx))
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-    greedy = theirs.generate(idx[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=40, min_new_tokens=40,
-                             do_sample=False, pad_token_id=0)
+    theirs.generation_config.eos_token_id = None    # no token ends a text
+    greedy = theirs.generate(idx[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=40, do_sample=False, pad_token_id=0)
     assert torch.equal(ours.generate(idx[:, :5], 40, temperature=0), greedy)
 
 @pytest.mark.parametrize('options', [{}, dict(n_inner=50, layer_norm_epsilon=1e-3), dict(tie_word_embeddings=False)], ids=str)
@@ -105,6 +108,62 @@ def test_from_the_hub(site, tmp_path, monkeypatch):                     # noqa: 
     GPT.from_pretrained(name)                       # all of it is here: no network is needed
     with pytest.raises(ValueError, match='do not fit a model with'):
         GPT.from_pretrained(name, n_layer=1)
+
+def test_any_model_of_the_hub_with_a_token_if_it_needs_one(site, tmp_path, monkeypatch):          # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_ENDPOINT', site.url)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'nothing'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    llama_folder(tmp_path / 'model')
+    site.files = {f'/some.one/their-model/resolve/main/{path.name}': path.read_bytes() for path in (tmp_path / 'model').iterdir()}
+    site.refused = list(site.files)
+    with pytest.raises(ValueError, match='set HF_TOKEN to a token that may read it'):
+        GPT.from_pretrained('some.one/their-model')
+    monkeypatch.setenv('HF_TOKEN', 'secret')
+    model = GPT.from_pretrained('some.one/their-model')
+    assert torch.equal(model.lm_head.weight, llama_tensors()['lm_head.weight']) and set(site.tokens) == {'Bearer secret'}
+    with pytest.raises(ValueError, match='some.one/other is no folder here, and on the hub it has no config.json'):
+        GPT.from_pretrained('some.one/other')
+    for wrong in ('../secret', 'a/../b', '/etc/passwd', 'a/b/c'):
+        with pytest.raises(ValueError, match='neither a folder nor a model of the hub'):
+            GPT.from_pretrained(wrong)
+
+def test_files_of_the_hubs_own_cache_are_used_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')         # nobody there
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    kept = tmp_path / 'home' / 'hub' / 'models--some--model'
+    (kept / 'refs').mkdir(parents=True)
+    (kept / 'refs' / 'main').write_text('abc123')
+    (kept / 'snapshots').mkdir()
+    llama_folder(kept / 'snapshots' / 'abc123')
+    assert torch.equal(GPT.from_pretrained('some/model').lm_head.weight, llama_tensors()['lm_head.weight'])
+    assert not (tmp_path / 'weights').exists()
+
+PEAK = """
+import sys
+from pretrained import build
+def status(key):
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+build(sys.argv[1])
+before = status('VmRSS')
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')                                         # the peak begins anew
+model, _ = build(sys.argv[2])
+print(status('VmHWM') - before, sum(w.nbytes for w in model.parameters()), max(w.nbytes for w in model.parameters()))
+"""
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak resident memory is read from Linux /proc')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_loading_takes_the_weights_and_one_tensor_besides(tmp_path, dtype):
+    small = llama_folder(tmp_path / 'small')
+    large = {name: torch.zeros(*[16 * n for n in tensor.shape], dtype=dtype) for name, tensor in llama_tensors().items()}
+    large = llama_folder(tmp_path / 'large', large, vocab_size=16 * 97, hidden_size=512, intermediate_size=640)
+    output = subprocess.run([sys.executable, '-c', PEAK, small, large], check=True, capture_output=True, text=True,
+                            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__)))).stdout
+    peak, weights, largest = map(int, output.split())
+    assert weights < peak < weights + largest + 3e6         # Linux counts to a megabyte or two
 
 def test_nanogpt(tmp_path):
     ours = GPT(GPTConfig(block_size=32, vocab_size=97, n_layer=2, n_head=2, n_embd=32, bias=False, scheme='standard'))
@@ -172,7 +231,7 @@ def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
     (tmp_path / 'model' / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='config.json is damaged'):
         GPT.from_pretrained(folder)
-    with pytest.raises(ValueError, match='neither a folder nor a model known here'):
+    with pytest.raises(ValueError, match='neither a folder nor a model of the hub'):
         GPT.from_pretrained('gpt5')
     (tmp_path / 'ckpt.pt').write_bytes(content)
     with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):

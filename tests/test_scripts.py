@@ -249,7 +249,7 @@ def complaint(place, script, **flags):
     (dict(block_size=1500), 'too few for block_size = 1500'),
     (dict(scheme='euler'), "unknown scheme 'euler'"),
     (dict(init_from='resume'), 'there is no checkpoint'),
-    (dict(init_from='elsewhere'), "'elsewhere' is neither a folder nor a model known here"),
+    (dict(init_from='elsewhere'), "'elsewhere' is neither a folder nor a model of the hub"),
     (dict(batch_size=0), 'batch_size = 0 must be 1 or more'),
     (dict(learning_rate='nan'), "learning_rate = 'nan' is of type str: expected float"),
     (dict(out_dir='data/tiny/train.bin'), 'cannot be written to (File exists): choose another --out_dir'),
