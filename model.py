@@ -453,8 +453,8 @@ def wide(dtype):
 
 def to_state(c, x, dtype):
     """c * x as a state, in memory of its own."""
-    x = x.detach().to(wide(x.dtype))
-    return (x * (c * ONE)).round_().long() if dtype == torch.int64 else x * c
+    x = x.detach().to(wide(x.dtype), copy=True).mul_(c * ONE if dtype == torch.int64 else c)
+    return x.round_().long() if dtype == torch.int64 else x
 
 def to_float(p, dtype):
     return p.to(wide(dtype)).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
