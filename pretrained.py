@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -276,6 +277,29 @@ def load_checkpoint_of_any(path):
 
 def one_part_each(weights):
     return {name: [lambda tensor=tensor: tensor] for name, tensor in weights.items()}
+
+def coefficients(a):
+    """
+    h of midpoint(a) for the weights of a standard net, from a of every layer. With d_j = p_{j+1} - p_j a step of the
+    recurrence is d_j = -a_j d_{j-1} + h_j f_j, and the last state is p_0 + the sum of all d: so f_j arrives there h_j S_j times,
+    where S_j = 1 - a_{j+1} S_{j+1}, and S is 1 in the last layer. In a standard net it arrives once, hence h_j = 1 / S_j.
+    Where a > 0, S_j may come close to 0: h = 1 + a, its inverse on average, makes p' = f of the recurrence.
+    """
+    if max(a) > 0:
+        return [1 + x for x in a]
+    h = [1.0]                                   # of the last layer, then of those before it: S_j = 1 - a_{j+1} / h_{j+1}
+    for x in reversed(a[1:]):
+        h.append(1 / (1 - x / h[-1]))
+    return h[::-1]
+
+def reversible(config, scheme='midpoint_a', a=None, h=None):
+    """The GPTConfig of a reversible net with the weights of a standard one, whose config this is."""
+    if scheme == 'midpoint_a' and a is None:
+        raise ValueError('midpoint_a of a trained model needs to know its a: give --bits=4, or --a=-0.0625')
+    if scheme == 'midpoint_a' and h is None:
+        a = a if isinstance(a, list) else [a] * config.n_layer
+        h = coefficients(a)
+    return replace(config, scheme=scheme, a=a, h=h, stored_layers=None)
 
 def build(name, **overrides):
     """(model, how its text became tokens) of a name, a folder or a checkpoint, with fields of GPTConfig to change."""

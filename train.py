@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, GPTConfig
-from pretrained import build, same_tokens
+from pretrained import build, load, reversible, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
                      most_stored_layers, open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start,
                      training_batch, validation_loss, world)
@@ -36,9 +36,12 @@ class Knobs(GPTConfig):                     # all fields of GPTConfig in model.p
     stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
     memory_gb: float | None = None          # that 'auto' may use; None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
+    scheme: str | None = None               # None: leapfrog from scratch; of a model that is there already, its own
+    bits: int | float | None = None         # makes a trained standard model reversible: midpoint_a with a = -1 / 2^bits
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
-                                            # anything GPT.from_pretrained takes: its model is then what is trained
+                                            # anything GPT.from_pretrained takes: its model is then what is trained. A
+                                            # standard one becomes reversible by bits, or by scheme with a or h
     seed: int = 1337
     # data
     dataset: str = 'python'                 # a folder of data/
@@ -84,6 +87,11 @@ PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify, sl
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
+if knobs.init_from == 'scratch':
+    knobs.scheme = knobs.scheme or 'leapfrog'
+if knobs.bits is not None and (knobs.init_from == 'scratch' or knobs.bits not in range(9) or knobs.a is not None or knobs.scheme):
+    fail(f'bits = {knobs.bits}: with --init_from of a trained standard model give a whole number from 0 to 8 instead of scheme and a; '
+         'retrofit.py --max_iters=0 spreads other budgets over the layers, and train.py goes on from what it writes')
 try:
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
@@ -95,13 +103,20 @@ try:
         if checkpoint['meta'] != meta:
             fail(f'{last} was trained on other tokens than those of data/{knobs.dataset}: give the --dataset it had')
         for name in sorted(FIELDS - set(PASSING)):
-            if getattr(knobs, name) != checkpoint['knobs'][name]:
+            if getattr(knobs, name) != checkpoint['knobs'][name] and (name, knobs.scheme) != ('scheme', None):
                 fail(f"{name} = {getattr(knobs, name)}, but {last} was trained with {name} = "
                      f"{checkpoint['knobs'][name]}: resume with the config file and flags it was trained with")
         raw_model = GPT(replace(GPTConfig(**checkpoint['config']), **PASSING))
     else:
-        raw_model, its_meta = build(knobs.init_from, **PASSING)
-        for name in sorted(FIELDS - {*PASSING, 'block_size'}):
+        source, a = GPTConfig(**load(knobs.init_from)[0]), knobs.a if knobs.bits is None else -1 / 2**knobs.bits
+        scheme, change = knobs.scheme or ('midpoint_a' if a is not None else source.scheme), {}
+        if source.scheme == 'standard' != scheme:
+            converted = reversible(source, scheme, a, knobs.h)
+            change = {name: getattr(converted, name) for name in ('scheme', 'a', 'h')}
+        raw_model, its_meta = build(knobs.init_from, **PASSING, **change)
+        if knobs.bits is not None and not change:
+            fail(f'bits = {knobs.bits}, but {knobs.init_from} has scheme = {source.scheme}, and keeps it: leave bits out')
+        for name in sorted(FIELDS - {*PASSING, *change, 'block_size'}):
             if getattr(knobs, name) not in (getattr(Knobs, name), getattr(raw_model.config, name)):
                 fail(f'{name} = {getattr(knobs, name)}, but {knobs.init_from} has {name} = '
                      f'{getattr(raw_model.config, name)}, and keeps it: leave {name} out')

@@ -26,6 +26,7 @@ import model as model_py
 import runtime
 from configurator import configure, machine
 from model import GPT, GPTConfig
+from pretrained import coefficients
 from runtime import load_checkpoint, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -256,6 +257,35 @@ def complaint(place, script, **flags):
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', **flags})
+
+def test_a_trained_standard_model_becomes_reversible_on_the_way_in(place):
+    train(place, 'standard', scheme='standard', n_layer=4)
+    trained = load_checkpoint(str(place / 'standard' / 'last.pt'))['model']
+
+    def goes_on(out_dir, **flags):
+        rows = train(place, out_dir, **dict(flags, init_from='standard/last.pt', n_layer=4, max_iters=2, eval_interval=2))
+        return float(rows[0][-1]), load_checkpoint(str(place / out_dir / 'last.pt'))['config']
+
+    before, config = goes_on('finetuned')
+    assert config['scheme'] == 'standard'
+    losses = {}
+    for bits in (1, 4, 8):
+        losses[bits], config = goes_on(f'finetuned{bits}', bits=bits)
+        assert (config['scheme'], config['a'], config['stored_layers']) == ('midpoint_a', [-1 / 2**bits] * 4, 0)
+        assert config['h'] == coefficients(config['a'])
+    assert 0 < abs(losses[8] - before) < abs(losses[1] - before) < 0.1
+    assert goes_on('finetuned_leapfrog', scheme='leapfrog', h=0.5)[1]['h'] == 0.5
+    assert goes_on('finetuned_a', a=0.5)[1]['h'] == [1.5] * 4
+    assert set(trained) == set(weights(place, 'finetuned1'))
+    train(place, 'finetuned1', init_from='resume', n_layer=4, max_iters=3, eval_interval=2, bits=1)
+    assert load_checkpoint(str(place / 'finetuned1' / 'last.pt'))['config']['a'] == [-0.5] * 4
+    for flags, words in ((dict(bits=1.5), 'give a whole number from 0 to 8'), (dict(bits=9), 'bits = 9: with'),
+                         (dict(bits=1, scheme='leapfrog'), 'instead of scheme and a'), (dict(scheme='midpoint_a'), 'give --bits=4'),
+                         (dict(scheme='leapfrog', a=0.5), "scheme 'leapfrog' has a fixed a"), (dict(h=0.5), 'and keeps it: leave h out'),
+                         (dict(bits=1, init_from='finetuned4/last.pt'), 'and keeps it: leave bits out'),
+                         (dict(scheme='leapfrog', init_from='finetuned4/last.pt'), 'and keeps it: leave scheme out')):
+        assert words in complaint(place, 'train.py', **{**SMALL, 'n_layer': 4, 'out_dir': 'none', 'init_from': 'standard/last.pt', **flags})
+    assert 'bits = 4: with --init_from of a trained' in complaint(place, 'train.py', **SMALL, out_dir='none', bits=4)
 
 def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
     (place / 'changed').mkdir()
