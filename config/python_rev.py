@@ -3,7 +3,7 @@ The quick start: a small reversible GPT on the source code of Python's standard 
 
     python data/python/prepare.py && python train.py config/python_rev.py
 
-1024 tokens a step = 8 sequences x 128 tokens; 2.0M in all, a fifth of the text. 0.8M parameters.
+1024 tokens a step = 8 sequences x 128 tokens; 1.8M in all, a sixth of the text. 0.8M parameters.
 """
 out_dir = 'out_python'
 dataset = 'python'
@@ -19,9 +19,9 @@ n_embd = 128
 
 learning_rate = 4e-3
 min_lr = 1e-4
-max_iters = 2000
+max_iters = 1750
 warmup_iters = 100
 beta2 = 0.99
-eval_interval = 2000
+eval_interval = 1750
 eval_windows = 512
-log_interval = 200
+log_interval = 250
