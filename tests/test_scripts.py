@@ -414,7 +414,7 @@ def test_every_config_builds(path):
     knobs = configure(knobs_of('train.py'), [path])
     names = GPTConfig.__dataclass_fields__
     with torch.device('meta'):
-        fields = {name: getattr(knobs, name) for name in names}
+        fields = {**{name: getattr(knobs, name) for name in names}, 'scheme': knobs.scheme or 'leapfrog'}
         assert fields['stored_layers'] in ('auto', None) or 'compare' in path
         GPT(GPTConfig(**{**fields, 'vocab_size': knobs.vocab_size or 50304, 'stored_layers': None}))
     assert knobs.gradient_accumulation_steps % 8 == 0 or 'gpt2' not in path     # eight GPUs share it evenly
