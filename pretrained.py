@@ -21,6 +21,8 @@ from functools import partial
 import numpy as np
 import requests
 import torch
+from jinja2 import TemplateError                # torch brings it along
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.download import download, gpt2_encoding
 from model import GPT, GPTConfig
@@ -358,6 +360,23 @@ def tokenizer(meta):
         raise ValueError('the checkpoint does not say how its text became tokens')
     gpt2 = gpt2_encoding()
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
+
+def conversation(meta, question):
+    """The text that asks a chat model a question, in the model's own template, up to where its answer begins."""
+    name = meta.get('model')
+    settings = read_json(path) if name and (path := find(name, 'tokenizer_config.json')) else {}
+    template = settings.get('chat_template')
+    if name and (path := find(name, 'chat_template.jinja')):
+        with open(path, encoding='utf-8') as file:
+            template = file.read()
+    if not isinstance(template, str):
+        raise ValueError('the model has no chat template: leave --chat out')
+    tokens = {key: value['content'] if isinstance(value, dict) else value for key, value in settings.items() if key.endswith('_token')}
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)       # a template is a stranger's program
+    try:
+        return sandbox.from_string(template).render(messages=[dict(role='user', content=question)], add_generation_prompt=True, **tokens)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise ValueError(f'the chat template of {name} fails ({error}): leave --chat out') from None
 
 def ends_of_text(meta):
     """The tokens, if there are any, that say a text has ended; meta is as for tokenizer()."""

@@ -10,13 +10,15 @@ Turns a trained standard model into a reversible one, and tunes it until its out
 
 A trained net is p_next = p + f(p), which is midpoint(a) at a = 0. Consistency with p' = f asks for h = 1 + a:
 
-    p_next = a * p_prev + (1 - a) * p + (1 + a) * f(p)          (paper eq. 3.6; the first layer is p + f(p))
+    p_next = a * p_prev + (1 - a) * p + h * f(p)                (paper eq. 3.6; pretrained.py derives h from a)
 
-With |a| = 2^-bits it remembers so many bits per element and layer. At a = 1 it remembers nothing, and only then does memory not
-grow with depth: a goes there while the student is tuned to the teacher's distribution, and up to 8 bits are remembered
-on the way. Towards -1, h and the net would vanish. The report has the validation loss, in nats per token, of the teacher
-and of each student before and after.
+With |a| = 2^-bits it remembers so many bits per element and layer. --bits is a budget, the mean over the layers: how much
+the bits of each layer change the output is measured, and they go where they matter. At 0 bits |a| is 1, nothing is
+remembered, and only then does memory not grow with depth. There a moves to its end while the student is tuned to the
+teacher's distribution, and up to 8 bits are remembered on the way. The report has the validation loss, in nats per token,
+of the teacher and of each student before and after. --max_iters=0 writes the student untuned.
 """
+import functools
 import math
 import os
 import subprocess
@@ -24,16 +26,18 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from configurator import configure
 from model import GPT, cross_entropy, head
-from pretrained import build, same_tokens
+from pretrained import build, reversible, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
-                     open_data, open_log, peak_memory, save_checkpoint, say, seed_step, signals, start, training_batch,
-                     validation_loss, world)
+                     open_data, open_log, peak_memory, rank, save_checkpoint, say, seed_step, signals, start, training_batch,
+                     validation_loss, windows, world)
 
 @dataclass
 class Knobs:
@@ -46,9 +50,11 @@ class Knobs:
     # conversion
     conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's estimate of p_prev, twice
                                             # the work; 'all': the full table
-    bits: int | list = 0                    # midpoint_a: |a| = 2^-bits, 0 for a = 1; a list makes one after the other
-    sign: int = 1                           # of a, where bits are remembered
-    anneal_from: float = 0.25               # a = 1 is reached geometrically from here,
+    bits: int | float | list = 0            # midpoint_a: bits per element, the mean over the layers; a list: one student each
+    spread: bool = True                     # the bits go where they matter; False: each layer has as many, |a| = 2^-bits
+    spread_windows: int = 4                 # sequences of the training data on which it is measured where they matter
+    sign: int = -1                          # of a
+    anneal_from: float = 0.25               # an |a| above this one is reached geometrically from here,
     anneal_part: float = 0.35               # in this part of the steps
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
@@ -75,24 +81,80 @@ class Knobs:
     dtype: str = 'auto'
     compile: bool = False
 
-def a_at(step, run):
-    """a of a step: none or fixed, or on its way to 1, rounded to n / 256 so that it can be undone exactly."""
-    if run.conversion != 'midpoint_a':
+def a_at(step, run, goal):
+    """a of every layer at a step: its goal, or on the way there, rounded to n / 256 so that it can be undone exactly."""
+    if goal is None:
         return None
-    if run.bits:
-        return run.sign / 2**run.bits
-    way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made at a = 1
-    return round(256 * run.anneal_from ** max(0.0, 1 - step / way)) / 256 if way else 1.0
+    way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made at the goal
+    left = max(0.0, 1 - step / way) if way > 0 else 0.0
+    return [a if abs(a) <= run.anneal_from else
+            math.copysign(round(256 * abs(a) * (run.anneal_from / abs(a)) ** left) / 256, a) for a in goal]
 
 def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
-    h = None if a is None else [1.0] + [1 + a] * (config.n_layer - 1)
-    return replace(config, scheme=conversion, a=a, h=h, stored_layers=stored_layers, exact=True)
+    return replace(reversible(config, conversion, a), stored_layers=stored_layers, exact=True)
 
-def remembered(model):
-    """Bits an element of the state, for each layer."""
-    bits = [coefficients.bits for coefficients in model.coefficients]
-    return bits[0] if len(set(bits)) == 1 else bits
+# -----------------------------------------------------------------------------
+# bits where they matter
+
+CHOICES = 0, 1, 2, 4, 8                     # bits of a layer; between them, pack() of model.py would waste some
+
+def bits_of(model):
+    """Bits per element of the state, the mean over the layers."""
+    return sum(coefficients.bits for coefficients in model.coefficients) / model.config.n_layer
+
+def goal_of(conversion, bits):
+    """a of every layer when a student is done; None if the conversion has no a."""
+    if conversion != 'midpoint_a':
+        return None
+    each = [bits] * teacher.config.n_layer
+    if bits and knobs.spread:
+        table = sensitivity()
+        each = assign(table, bits)
+        say(f'\nKL(teacher, student) in nats per token, where one layer has so few bits and all others have 8\n'
+            f'{"layer":>5}' + ''.join(f'{f"{k} bits":>10}' for k in CHOICES) + f'{"it gets":>10}')
+        for j, k in enumerate(each):
+            say(f'{j:>5}' + ''.join(f'{table[k][j]:10.5f}' for k in CHOICES) + f'{k:>10}')
+    return [knobs.sign / 2**k for k in each]
+
+@functools.cache
+def sensitivity():
+    """
+    {bits: for each layer, KL(teacher, student) in nats per token when it has so many and all others have 8}. A layer's h
+    depends on the a of those above it, so the others' change along.
+    """
+    rows = np.linspace(0, len(train_data) - knobs.block_size - 1, knobs.spread_windows).astype(int)[rank::world]
+    n_layer = teacher.config.n_layer
+    with here.autocast, torch.no_grad():
+        criterion = distillation(teacher, 1.0, 0.0)
+        batches = [windows(train_data, [row], knobs.block_size, here.device) for row in rows]
+        wanted = [teacher.hidden(x) for x, _ in batches]
+        student = GPT(converted(teacher.config, 'midpoint_a', [1.0] * n_layer, 0)).to(here.device).eval()
+        student.load_state_dict(teacher.state_dict())
+
+        def divergence(bits):
+            if signals:
+                sys.exit('stopped before the bits were spread over the layers: run the command again')
+            student.config = converted(teacher.config, 'midpoint_a', [knobs.sign / 2**k for k in bits], 0)
+            student.coefficients = student.config.coefficients()
+            total = sum(student(x, y, criterion, hidden)[1].item() for (x, y), hidden in zip(batches, wanted))
+            return all_reduce(total)[0] / knobs.spread_windows          # the same number in all processes
+
+        most = divergence([8] * n_layer)
+        return {k: [most if k == 8 else divergence([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
+            range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
+
+def assign(table, budget):
+    """Bits of every layer, budget of them on average at most: always those that buy the most per bit."""
+    layers = range(len(table[0]))
+    bits = [0] * len(layers)
+    while True:
+        left = budget * len(layers) - sum(bits) + 1e-9
+        gain, j, k = max((((table[bits[j]][j] - table[k][j]) / (k - bits[j]), j, k) for j in layers
+                          for k in CHOICES if 0 < k - bits[j] <= left), default=(0, 0, 0))
+        if gain <= 0:
+            return bits
+        bits[j] = k
 
 def distillation(teacher, t, data_weight):
     """
@@ -113,9 +175,9 @@ def distillation(teacher, t, data_weight):
 MAY_CHANGE = {'out_dir', 'init_from', 'seeds', 'teacher_config', 'eval_interval', 'eval_windows', 'log_interval',
               'stored_layers', 'device', 'compile'}         # of the knobs, when a run is resumed
 
-def tune(name, conversion, bits, sign, seed):
+def tune(name, conversion, bits, seed):
     """Makes and tunes a student: (loss before, loss after), or None if it was asked to stop."""
-    run = replace(knobs, conversion=conversion, bits=bits, sign=sign, seed=seed)
+    run = replace(knobs, conversion=conversion, bits=bits, seed=seed)
     folder = os.path.join(knobs.out_dir, name)
     last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
     if knobs.init_from == 'resume' and os.path.exists(last):
@@ -132,7 +194,8 @@ def tune(name, conversion, bits, sign, seed):
         step, before, after = (checkpoint[key] for key in ('step', 'before', 'after'))
     if all_reduce(step)[0] != step * world:
         fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
-    a = a_at(step, run)
+    goal = checkpoint['goal'] if checkpoint else goal_of(conversion, bits)
+    a = a_at(step, run, goal)
     student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
     optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
@@ -142,23 +205,25 @@ def tune(name, conversion, bits, sign, seed):
             here.scaler.load_state_dict(checkpoint['scaler'])
     else:
         before, after = validation_loss(student, val_data, knobs, here), None
-        say(f'{name}: {remembered(student)} bits an element and layer, validation loss {before:.4f} before tuning')
+        say(f'{name}: validation loss {before:.4f} before tuning, with {bits_of(student):.3g} bits per element and layer')
     checkpoint = None                       # free its memory
     if knobs.compile:
         compile_parts(student)
-    model = student
+    model = student                         # or what distributes it
     if world > 1:
         model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None,
                                         gradient_as_bucket_view=True)
-    record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'a', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
+    record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'bits', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
 
     def save():
         if main:
             save_checkpoint([last], dict(
                 model=student.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
-                config=asdict(student.config), meta=meta, before=before, after=after,
+                config=asdict(student.config), meta=meta, goal=goal, before=before, after=after,
                 retrofit={knob: value for knob, value in asdict(run).items() if knob not in MAY_CHANGE}))
 
+    if not knobs.max_iters:
+        save()
     if here.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
@@ -169,8 +234,8 @@ def tune(name, conversion, bits, sign, seed):
         criterion = distillation(teacher, knobs.temperature, knobs.data_weight)
     x, y = training_batch(train_data, run, step, 0, here.device)                            # (B, T) each
     while step < knobs.max_iters:
-        if a != a_at(step, run):            # between two steps, never between forward and backward
-            a = a_at(step, run)
+        if a != a_at(step, run, goal):      # between two steps, never between forward and backward
+            a = a_at(step, run, goal)
             student.config = converted(teacher.config, conversion, a, knobs.stored_layers)
             student.coefficients = student.config.coefficients()
         lr = cosine(knobs, step)
@@ -206,9 +271,9 @@ def tune(name, conversion, bits, sign, seed):
             speed = tokens_per_step * (step - clock_step) / (now - clock)
             left = (now - began) / (step - first_step) * (knobs.max_iters - step)
             clock, clock_step = now, step
-            say(f'{name}, step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}' + (f', a {a:.3f}' if a else '')
+            say(f'{name}, step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}' + (f', {bits_of(student):.3g} bits' if a else '')
                 + f', {speed:,.0f} tokens/s, peak {peak_memory(here.kind):.2f} GB, {duration(left)} left')
-            record(step=step, loss=loss, lr=lr, grad_norm=norm, a=a, tokens_per_s=round(speed),
+            record(step=step, loss=loss, lr=lr, grad_norm=norm, bits=bits_of(student), tokens_per_s=round(speed),
                    peak_gb=round(peak_memory(here.kind), 3))
         if step % knobs.eval_interval == 0 or step == knobs.max_iters:
             pause = time.time()
@@ -234,8 +299,8 @@ for name, choices in (('init_from', ('teacher', 'resume')), ('sign', (1, -1)),
     if getattr(knobs, name) not in choices:
         fail(f'{name} = {getattr(knobs, name)!r}: choose one of {", ".join(map(str, choices))}')
 bits = knobs.bits if isinstance(knobs.bits, list) else [knobs.bits]
-if not bits or any(type(k) is not int or k not in (0, 1, 2, 4, 8) for k in bits):
-    fail(f'bits = {knobs.bits}: choose 0, 1, 2, 4 or 8, or a list of them')
+if not bits or any(type(k) not in (int, float) or not 0 <= k <= 8 or k not in CHOICES and not knobs.spread for k in bits):
+    fail(f'bits = {knobs.bits}: give a number from 0 to 8, or a list of them' + ', of 0, 1, 2, 4 and 8' * (not knobs.spread))
 if not 1 / 256 <= knobs.anneal_from <= 1 or not 0 <= knobs.anneal_part <= 1:
     fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, and anneal_part = {knobs.anneal_part} '
          'between 0 and 1')
@@ -279,36 +344,34 @@ if knobs.compile:
     compile_parts(teacher)
 
 # what is tuned, and what is only measured beside it
-students = ([(conversion, 0, 1) for conversion in ('midpoint_a', 'midpoint_sum', 'symplectic')]
-            + [('midpoint_a', 1, sign) for sign in (1, -1)] if knobs.conversion == 'all' else
-            [(knobs.conversion, k, knobs.sign) for k in (bits if knobs.conversion == 'midpoint_a' else [0])])
-others = [(k, sign) for k, sign in ((0, 1), (1, 1), (1, -1), (2, 1), (2, -1), (4, 1), (4, -1))
-          if k == 0 or ('midpoint_a', k, sign) not in students]
+students = [('midpoint_a', k) for k in bits] if knobs.conversion in ('midpoint_a', 'all') else []
+students += [(name, 0) for name in ('midpoint_sum', 'symplectic') if knobs.conversion in (name, 'all')]
+others = [sign / 2**k for k in CHOICES for sign in (1, -1)]
 
 teacher_loss = validation_loss(teacher, val_data, knobs, here)
 say(f'{knobs.teacher}: {count_parameters(teacher):,} parameters, validation loss {teacher_loss:.4f}')
-table = [('teacher, not reversible', 'all', teacher_loss, None)]
-for conversion, k, sign in students:
-    title = {'midpoint_a': f'midpoint(a), a = {sign / 2**k:g}' if k else
-             f'midpoint(a), a from {knobs.anneal_from:g} to 1', 'midpoint_sum': 'midpoint, f of two blocks',
-             'symplectic': 'symplectic'}[conversion]
+table = []
+for conversion, k in students:
+    title = {'midpoint_a': f'midpoint(a), a from {knobs.sign * knobs.anneal_from:g} to {knobs.sign}' if not k else
+             'midpoint(a), bits where they matter' if knobs.spread else f'midpoint(a), a = {knobs.sign / 2**k:g}',
+             'midpoint_sum': 'midpoint, f of two blocks', 'symplectic': 'symplectic'}[conversion]
     for seed in knobs.seeds or [knobs.seed]:
-        name = f'{conversion}_{k}bit' + '_negative' * (sign < 0 and k > 0) + f'_{seed}' * bool(knobs.seeds)
-        losses = tune(name, conversion, k, sign, seed)
+        name = f'{conversion}_{k}bit' + f'_{seed}' * bool(knobs.seeds)
+        losses = tune(name, conversion, k, seed)
         if losses is None:
             leave()
             sys.exit()
         table.append((title + f', seed {seed}' * bool(knobs.seeds), k, *losses))
-for k, sign in others:
-    a = sign / 2**k                         # where k is 0: a = 1 at once
+for a in others:
     student = GPT(converted(teacher.config, 'midpoint_a', a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(teacher.state_dict())
-    table.append((f'midpoint(a), a = {a:g}', k, validation_loss(student, val_data, knobs, here), None))
+    table.append((f'midpoint(a), a = {a:g}', bits_of(student), validation_loss(student, val_data, knobs, here), None))
 
 say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
-    f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}')
+    f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}\n'
+    f'{"teacher, not reversible":42}{"all":>6}{teacher_loss:10.4f}')
 for title, k, before, after in table:
-    say(f'{title:42}{k:>6}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
-say('bits: remembered an element of the state and layer. With 0, and only then, and where no layer is stored, memory does '
-    'not grow with depth.\nbefore: where a moves, with a where it starts.')
+    say(f'{title:42}{k:>6.3g}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
+say('bits: remembered per element of the state and layer, on average. With 0, and only then, memory does not grow with depth, '
+    'if no layer is stored.\nbefore: where a moves, with a where it starts.')
 leave()

@@ -52,11 +52,11 @@ def fail(sentence):
 def start(knobs):
     """Joins the processes; device, autocast and gradient scaler, after a look at the knobs' ranges."""
     knob = vars(knobs).get                  # not every script has all of these
-    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'eval_interval',
-                 'eval_windows', 'log_interval', 'vocab_size', 'lr_decay_iters'):
+    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'eval_windows', 'log_interval',
+                 'vocab_size', 'lr_decay_iters', 'spread_windows'):
         if knob(name) is not None and knob(name) < 1:
             fail(f'{name} = {knob(name)} must be 1 or more')
-    for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'warmup_iters', 'grad_clip'):
+    for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'max_iters', 'warmup_iters', 'grad_clip'):
         if not knob(name, 0) >= 0:          # nor nan
             fail(f'{name} = {knob(name)} must be 0 or more')
     if knob('seed', 0) >= 2**63:

@@ -3,6 +3,7 @@ Writes text with a model of train.py or retrofit.py, or with a pretrained one, t
 
     python sample.py --init_from=out_python/best.pt --prompt="def main(" --max_new_tokens=300
     python sample.py --init_from=gpt2 --prompt="Once upon a time" --temperature=0       # always the likeliest token
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --prompt="What is a leap year?" --chat=True
 """
 import math
 import sys
@@ -17,6 +18,7 @@ from configurator import configure, machine
 class Knobs:
     init_from: str = 'out/best.pt'          # a checkpoint, or anything GPT.from_pretrained takes, such as gpt2
     prompt: str = '\n'
+    chat: bool = False                      # the prompt is a question to a chat model, and gets the model's own template
     num_samples: int = 1
     max_new_tokens: int = 300
     temperature: float = 0.8                # below 1: safer, above: wilder, 0: always the likeliest token
@@ -79,20 +81,21 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
         yield new
 
 if __name__ == '__main__':
-    from pretrained import build, ends_of_text, tokenizer, turn_weights     # here: GPT.generate() needs only what is above
+    from pretrained import build, conversation, ends_of_text, tokenizer, turn_weights     # here: GPT.generate() needs only what is above
     knobs = configure(Knobs, sys.argv[1:])
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     print(reasons)
+    if not knobs.prompt:
+        sys.exit('the prompt is empty: give at least one character, such as a newline')
     try:
         model, meta = build(knobs.init_from)
         encode, decode = tokenizer(meta)
         ends = ends_of_text(meta)
+        if meta['encoding'] == 'chars' and (unknown := set(knobs.prompt) - set(meta['chars'])):
+            sys.exit(f"the model knows no {', '.join(map(repr, sorted(unknown)))}: its characters are {meta['chars']!r}")
+        prompt = encode(conversation(meta, knobs.prompt) if knobs.chat else knobs.prompt)
     except ValueError as error:
         sys.exit(f'{error}; name another with --init_from=...')
-    if not knobs.prompt:
-        sys.exit('the prompt is empty: give at least one character, such as a newline')
-    if meta['encoding'] == 'chars' and (unknown := set(knobs.prompt) - set(meta['chars'])):
-        sys.exit(f"the model knows no {', '.join(map(repr, sorted(unknown)))}: its characters are {meta['chars']!r}")
     if knobs.temperature < 0 or knobs.top_k is not None and knobs.top_k < 1:
         sys.exit('temperature must be 0 or more, and top_k 1 or more, or None')
     if knobs.num_samples < 1 or knobs.max_new_tokens < 1:
@@ -106,7 +109,6 @@ if __name__ == '__main__':
         turn_weights(model)
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
     torch.manual_seed(knobs.seed)
-    prompt = encode(knobs.prompt)
     if len(prompt) + knobs.max_new_tokens > model.config.block_size + 1:
         print(f'the model sees {model.config.block_size} tokens: once the text is longer, each new token is computed from '
               f'the last {model.config.block_size} alone, without the cache')

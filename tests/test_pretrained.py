@@ -15,7 +15,7 @@ import torch
 
 from data.text.prepare import prepare as prepare_text
 from model import GPT, GPTConfig
-from pretrained import build, same_tokens, tokenizer
+from pretrained import build, conversation, same_tokens, tokenizer
 from test_data import site                                              # noqa: F401, a fixture
 
 LLAMA = dict(model_type='llama', vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
@@ -260,3 +260,20 @@ def test_text_in_the_tokens_of_a_llama(tmp_path):
         same_tokens('model', build(folder)[1], 'data', dict(encoding='gpt2'))
     with pytest.raises(SystemExit, match='No such file'):
         prepare_text([str(tmp_path / 'none.txt')], folder, tmp_path)
+
+def test_a_question_in_the_models_own_template(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    tokenizers = pytest.importorskip('tokenizers')
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0, '<s>': 1}, unk_token='<unk>'))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token='<unk>', bos_token='<s>')
+    theirs.chat_template = ('{{ bos_token }}{% for message in messages %}\n    {% if message.role == "user" %}\n[{{ message.role }}] '
+                            '{{ message.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}[answer]\n{% endif %}')
+    theirs.save_pretrained(tmp_path)
+    wanted = theirs.apply_chat_template([dict(role='user', content='to be?')], tokenize=False, add_generation_prompt=True)
+    meta = dict(encoding='tokenizer.json', model=str(tmp_path))
+    assert '<s>' in wanted and 'to be?' in wanted and conversation(meta, 'to be?') == wanted
+    (tmp_path / 'chat_template.jinja').write_text("{{ ''.__class__.__mro__ }}")         # a way out of the sandbox
+    with pytest.raises(ValueError, match='the chat template of .* fails'):
+        conversation(meta, 'to be?')
+    with pytest.raises(ValueError, match='the model has no chat template: leave --chat out'):
+        conversation(dict(encoding='gpt2'), 'to be?')

@@ -113,24 +113,53 @@ def test_peak_memory_does_not_grow_with_the_logits():
     assert many - few < 0.1 * 4 * (5 - 2) * 512 * 50304         # bytes of one tensor of the added tokens' logits
 
 def test_the_way_to_a():
-    knobs = SimpleNamespace(conversion='midpoint_a', bits=0, sign=1, anneal_from=0.25, anneal_part=0.6, max_iters=101)
-    way = [retrofit.a_at(step, knobs) for step in range(101)]
-    assert way[0] == 0.25 and way == sorted(way) and way[30] == pytest.approx(0.5, abs=1 / 256) and set(way[60:]) == {1.0}
-    assert all(a * 256 == round(a * 256) for a in way)
-    knobs.bits, knobs.sign = 2, -1
-    assert {retrofit.a_at(step, knobs) for step in range(101)} == {-0.25}
+    knobs = SimpleNamespace(anneal_from=0.25, anneal_part=0.6, max_iters=101)
+    way = [retrofit.a_at(step, knobs, [1.0, -1.0, -0.5, 0.25, -1 / 16]) for step in range(101)]
+    one, minus_one, minus_half, *others = zip(*way)
+    assert one[0] == 0.25 and one == tuple(sorted(one)) and one[30] == pytest.approx(0.5, abs=1 / 256)
+    assert set(one[60:]) == {1.0} and all(a * 256 == round(a * 256) for a in one)
+    assert minus_one == tuple(-a for a in one) and (minus_half[0], minus_half[60]) == (-0.25, -0.5)
+    assert [set(a) for a in others] == [{0.25}, {-1 / 16}]              # no larger than where the way begins: at once
+    knobs.max_iters = 0
+    assert retrofit.a_at(0, knobs, [1.0, -0.5]) == [1.0, -0.5]
+
+def test_a_student_begins_at_its_teacher():
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32, scheme='standard')
-    for a in (1.0, -0.5, 3 / 256):
-        student = GPT(retrofit.converted(config, 'midpoint_a', a, 0))
-        assert [step.c for step in student.coefficients] == [1, 1 + a, 1 + a]
     torch.manual_seed(0)
     teacher = GPT(config)
     idx = torch.randint(65, (2, 16))
-    for a, close in ((1 / 256, 1e-2), (1 / 4, 1)):      # a path that begins at the teacher
+    for a, close in ((1 / 256, 1e-2), (-1 / 256, 1e-2), (1 / 4, 1), (-1 / 4, 1)):
         student = GPT(retrofit.converted(config, 'midpoint_a', a, 0))
         student.load_state_dict(teacher.state_dict())
         difference = (student.hidden(idx) - teacher.hidden(idx)).abs().max()
         assert 0 < difference < close
+
+@pytest.mark.parametrize('a', [[-0.5] * 4, [-1.0] * 4, [-1.0, -1 / 16, -0.5, -1 / 4]], ids=str)
+def test_every_output_arrives_once(a):
+    """Where f does not depend on p: there the last state of the student is that of its teacher, to rounding."""
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=4, n_head=4, n_embd=32, scheme='standard')
+    torch.manual_seed(0)
+    teacher = GPT(config).double()
+    for name, weight in teacher.transformer.h.named_parameters():       # what is left of f is its biases
+        (torch.nn.init.normal_ if name.endswith('c_proj.bias') else torch.nn.init.zeros_)(weight)
+    student = GPT(retrofit.converted(config, 'midpoint_a', a, 0)).double()
+    student.load_state_dict(teacher.state_dict())
+    idx = torch.randint(65, (2, 16))
+    assert torch.allclose(student.last_state(idx), teacher.last_state(idx), rtol=0, atol=1e-8)
+    student.coefficients = [step._replace(c=1 - x) for step, x in zip(student.coefficients, a)]     # the fault to catch
+    assert not torch.allclose(student.last_state(idx), teacher.last_state(idx), rtol=0, atol=1e-2)
+
+def test_bits_go_where_they_buy_most():
+    harm = [0.0, 1.0, 0.1, 0.1]                                         # of a layer at 0 bits; a quarter with each bit
+    table = {k: [x / 4**k for x in harm] for k in retrofit.CHOICES}
+    assert retrofit.assign(table, 0) == [0, 0, 0, 0]
+    assert retrofit.assign(table, 0.25) == [0, 1, 0, 0]
+    assert retrofit.assign(table, 1) == [0, 2, 1, 1]
+    assert retrofit.assign(table, 8) == [0, 8, 8, 8]                    # what buys nothing is not bought
+    for budget in (0.7, 1.5, 2.3):
+        assert sum(retrofit.assign(table, budget)) <= 4 * budget
+    table[1][1] = 2.0                                                   # one bit would do harm, two would not
+    assert retrofit.assign(table, 0.5) == [0, 2, 0, 0]
 
 GPT2_SHAPE = dict(block_size=16, vocab_size=65, n_layer=L, n_head=4, n_embd=32)
 LLAMA_SHAPE = dict(GPT2_SHAPE, norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2, rope_theta=1e4, tied=False,
@@ -155,10 +184,11 @@ def workshop(place):                                                    # noqa: 
     """A place with a teacher, trained by retrofit.py on the spot, and two students of it."""
     (place / 'teacher.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in TEACHER.items()))
     output = run(place, 'retrofit.py', teacher='taught/best.pt', teacher_config='teacher.py', out_dir='students',
-                 bits='[0,1]', **SMALL)
+                 bits='[0,1]', spread_windows=3, **SMALL)
     assert 'training taught/best.pt with teacher.py' in output
-    lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), a'))]
-    assert [line[-2] for line in lines[1:3]] != lines[0][-1] and len(lines) == 9
+    lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), '))]
+    assert [line[-2] for line in lines[1:3]] != lines[0][-1] and len(lines) == 13
+    assert output.count('it gets') == 1                                 # the bits of the second student
     return place
 
 def final(place, path):                                                 # noqa: F811
@@ -178,7 +208,7 @@ def test_a_stopped_retrofit_resumes_bit_for_bit(workshop):
     run(workshop, 'retrofit.py', **flags, init_from='resume')
     one, other = final(workshop, 'students/midpoint_a_0bit/last.pt'), final(workshop, 'stopped/midpoint_a_0bit/last.pt')
     assert (one['before'], one['after']) == (other['before'], other['after'])
-    assert one['config']['a'] == other['config']['a'] == 1.0
+    assert one['config']['a'] == other['config']['a'] == [-1.0, -1.0, -1.0]
     for name, weight in one['model'].items():
         assert torch.equal(weight, other['model'][name]), name
     assert 'seed = 5, but' in complaint(workshop, 'retrofit.py', **flags, init_from='resume', seed=5)
@@ -194,7 +224,7 @@ def test_its_checkpoints_are_sampled_and_trained_on_text_of_ones_own(workshop):
     run(workshop, 'train.py', **flags)
     assert 'has scheme = midpoint_a, and keeps it' in complaint(workshop, 'train.py', **dict(flags, scheme='symplectic'))
     config = final(workshop, 'more/last.pt')['config']
-    assert (config['scheme'], config['a'], config['stored_layers']) == ('midpoint_a', 0.5, 0)
+    assert (config['scheme'], config['stored_layers']) == ('midpoint_a', 0) and set(config['a']) <= {-1 / 2**k for k in retrofit.CHOICES}
 
 def test_a_teacher_that_is_there_is_taken_as_it_is(workshop):
     (workshop / 'mine').mkdir()
@@ -216,6 +246,17 @@ def test_stopped_while_the_teacher_is_trained(workshop):
         assert 'is not done: run the command again' in process.stderr.read()        # and its training has ended
     assert 2 <= final(workshop, 'slow/last.pt')['step'] < 2000
 
+def test_a_budget_is_spread_and_train_goes_on(workshop):
+    flags = dict(SMALL, teacher='taught/best.pt', out_dir='untuned', bits=1.5, max_iters=0)
+    output = run(workshop, 'retrofit.py', **flags)
+    checkpoint = final(workshop, 'untuned/midpoint_a_1.5bit/last.pt')
+    got = [int(line.split()[-1]) for line in output.split('it gets\n')[1].splitlines()[:3]]
+    assert checkpoint['config']['a'] == [-1 / 2**k for k in got] and 0 < sum(got) <= 4.5
+    taught = final(workshop, 'taught/best.pt')['model']
+    assert all(torch.equal(weight, taught[name]) for name, weight in checkpoint['model'].items())
+    run(workshop, 'train.py', **dict(TEACHER, scheme='midpoint_a', init_from='untuned/midpoint_a_1.5bit/last.pt', out_dir='on'))
+    assert final(workshop, 'on/last.pt')['config']['a'] == checkpoint['config']['a']
+
 def test_two_processes_retrofit_alike(workshop):
     flags = dict(SMALL, teacher='taught/best.pt', out_dir='two', batch_size=2, gradient_accumulation_steps=4)
     run(workshop, 'retrofit.py', processes=2, **flags)
@@ -224,7 +265,9 @@ def test_two_processes_retrofit_alike(workshop):
 
 @pytest.mark.parametrize('flags, words', [
     (dict(conversion='magic'), "conversion = 'magic': choose one of midpoint_a"),
-    (dict(bits=3), 'bits = 3: choose 0, 1, 2, 4 or 8'),
+    (dict(bits=9), 'bits = 9: give a number from 0 to 8'), (dict(bits=-0.5), 'bits = -0.5: give a number from 0 to 8'),
+    (dict(bits=1.5, spread=False), 'or a list of them, of 0, 1, 2, 4 and 8'),
+    (dict(spread_windows=0), 'spread_windows = 0 must be 1 or more'),
     (dict(teacher='none.pt'), 'there is no checkpoint none.pt'),
     (dict(teacher='students/midpoint_a_0bit/last.pt'), 'the teacher must be a standard model'),
     (dict(block_size=17), 'block_size = 17: taught/best.pt sees 16 tokens at most'),

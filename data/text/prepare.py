@@ -6,10 +6,13 @@ Text of your own, in the tokens of the model that is to read it.
     python data/text/prepare.py my.txt --tokenizer=some/folder                          # of one in a folder,
     python data/text/prepare.py my.txt --tokenizer=out_python/best.pt                   # of a checkpoint
 
+    python data/text/prepare.py my.txt --name=mine                                      # into data/mine: --dataset=mine
+
 A folder stands for all its .txt files. It writes train.bin, val.bin (the last tenth of the characters, in the order
-given) and meta.json beside itself. A Llama's tokenizer needs one more package: pip install tokenizers.
+given) and meta.json beside itself, or into the folder of data/ that --name says. A Llama's tokenizer needs one more package: pip install tokenizers.
 """
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -50,5 +53,10 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='text of your own, in the tokens of a pretrained model')
     parser.add_argument('inputs', nargs='+', help='text files, or folders of .txt files')
     parser.add_argument('--tokenizer', default='gpt2', help='a model or a folder, as GPT.from_pretrained takes it')
+    parser.add_argument('--name', default='text', help='the folder of data/ that is written')
     args = parser.parse_args()
-    prepare(args.inputs, args.tokenizer)
+    if not re.fullmatch(r'[\w-]+', args.name):
+        parser.error(f'--name={args.name}: give the name of a folder of data/, of letters, digits, - and _')
+    folder = HERE.parent / args.name
+    folder.mkdir(exist_ok=True)
+    prepare(args.inputs, args.tokenizer, folder)
