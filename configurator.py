@@ -119,16 +119,17 @@ def check_config(config, schemes, default_h):
     must(0 <= config.stored_layers <= config.n_layer,
          f'stored_layers = {config.stored_layers} must lie between 0 and n_layer = {config.n_layer}')
     must(config.h is None or config.scheme in default_h, f"scheme '{config.scheme}' has no step size: leave h out")
+    must(config.h is None or config.a != 'bdia', "a = 'bdia' has h = 1 + a: leave h out")
     must(config.a is None or config.scheme == 'midpoint_a',
          f"scheme '{config.scheme}' has a fixed a: leave a out, or use scheme 'midpoint_a'")
     for name, value in (('h', config.h), ('a', config.a)):
         numbers = value if isinstance(value, list) else [value] * config.n_layer
         must(len(numbers) == config.n_layer,
              f'{name} has {len(numbers)} numbers: give one, or n_layer = {config.n_layer} of them')
-        if value is None or name == 'a' and value == 'random':
+        if value is None or name == 'a' and value in ('random', 'bdia'):
             continue
         must(all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers),
-             f"{name} = {value!r}: give a number or a list of them" + ", or 'random'" * (name == 'a'))
+             f"{name} = {value!r}: give a number or a list of them" + ", or 'random' or 'bdia'" * (name == 'a'))
         for a in numbers if name == 'a' else ():
             n, power = float(a).as_integer_ratio()              # in lowest terms; of a float it is over a power of two
             must(not config.exact or n % 2 == 1 and power <= 256,

@@ -68,7 +68,7 @@ class GPTConfig:
     tied: bool = True                       # the head and the embedding are one matrix
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
-    a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper
+    a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper; or 'bdia'
     stored_layers: int | None = None        # the last ones, which keep their graph; None: 0, and all of 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after each backward pass, compare the two rebuilt first states
@@ -78,7 +78,7 @@ class GPTConfig:
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
         if self.stored_layers is None:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
-        self.h = DEFAULT_H.get(self.scheme) if self.h is None else self.h
+        self.h = DEFAULT_H.get(self.scheme) if self.h is None and self.a != 'bdia' else self.h
         self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
         check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if it makes no model
         if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
@@ -87,9 +87,12 @@ class GPTConfig:
             self.a = (a * 4).round().div(4).tolist()            # in quarters: two bits per element
 
     def coefficients(self):
-        """The Coefficients of every layer."""
-        result = []
-        for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (self.a, self.h))):
+        """The Coefficients of every layer. BDIA (arXiv 2407.09093) draws a = 1/2 or -1/2 at every call, and has h = 1 + a."""
+        result, a, h = [], self.a, self.h
+        if a == 'bdia':
+            a = (torch.randint(2, (self.n_layer,), device='cpu') - 0.5).tolist()
+            h = [1 + x for x in a]
+        for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (a, h))):
             a, b, c = SCHEMES[self.scheme](a, h)
             n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # n odd, over a power of two
             m = int(b * denominator) if self.exact else b
@@ -229,7 +232,9 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard':
+        if config.a == 'bdia':
+            self.coefficients = config.coefficients()
+        if config.scheme == 'standard' or config.a == 'bdia' and not self.training:     # BDIA trains a standard net
             for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x

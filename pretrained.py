@@ -298,7 +298,7 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
     """The GPTConfig of a reversible net with the weights of a standard one, whose config this is."""
     if scheme == 'midpoint_a' and a is None:
         raise ValueError('midpoint_a of a trained model needs to know its a: give --bits=4, or --a=-0.0625')
-    if scheme == 'midpoint_a' and h is None:
+    if scheme == 'midpoint_a' and h is None and a != 'bdia':
         a = a if isinstance(a, list) else [a] * config.n_layer
         h = coefficients(a)
     return replace(config, scheme=scheme, a=a, h=h, stored_layers=None)

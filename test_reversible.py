@@ -27,9 +27,10 @@ SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32, slice_t
 SCHEMES = [dict(scheme='midpoint'), dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a'),
            dict(scheme='midpoint_a', a=[0.5, -0.5, 1 / 16, -1.25], h=[0.7, 1.3, 1.0, 1.1]),
            dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0]), dict(scheme='midpoint_sum'),
+           dict(scheme='midpoint_a', a='bdia'),
            dict(scheme='midpoint_a', a=0.5, h=[1.0, 1.5, 1.5, 1.5], norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2,
                 rope_theta=1e4, tied=False, bias=False)]                                    # a Llama, as retrofitted
-LEAPFROG = SCHEMES[1]
+LEAPFROG, BDIA = SCHEMES[1], SCHEMES[7]
 every_scheme = pytest.mark.parametrize(
     'scheme', SCHEMES, ids=lambda s: 'Llama' if 'norm' in s else ' '.join(str(v) for v in s.values()))
 
@@ -181,6 +182,11 @@ def autograd_loss(model, scheme, exact):
         x = x + model.transformer.wpe(torch.arange(T))
     h = model.config.h if isinstance(model.config.h, list) else [model.config.h] * L
     a = model.config.a if isinstance(model.config.a, list) else [model.config.a] * L
+    if 'bdia' in a:
+        torch.manual_seed(2)                # as gradients() has it
+        a = [step.n / 2**step.bits for step in model.config.coefficients()]
+        assert {abs(x) for x in a} == {0.5}
+        h = [1 + x for x in a]
     old = new = grid(x.double())
     for j, f in enumerate(increments(model)):
         fx = f(new.to(dtype)).double()
@@ -234,6 +240,7 @@ def test_directional_derivative_by_finite_differences(scheme, stored_layers):
         for step in (eps, -eps):
             for name, weight in model.named_parameters():
                 floats.get_parameter(name).copy_(weight + step * direction[name])
+            torch.manual_seed(2)            # as gradients() has it
             losses.append(floats(*batch())[1])
     slope = sum((grads[name] * direction[name]).sum() for name in grads)
     assert abs((losses[0] - losses[1]) / (2 * eps) - slope) < 1e-6 * abs(slope)
@@ -284,6 +291,11 @@ FAULTS = {
         'tape.upper, tape.lower, ctx.depth + 1', 'tape.lower, tape.upper, ctx.depth + 1', lambda m: check_against_autograd(m, LEAPFROG)),
     'another dropout mask': (
         'tape.generator.set_rng_state(ctx.rng_state)', 'pass', lambda m: check_exact(m, LEAPFROG, dropout=0.1)),
+    'other signs in the backward pass of BDIA': (
+        'cut_off, ctx.coefficients)', 'cut_off, tape.model.config.coefficients()[ctx.depth])', lambda m: check_exact(m, BDIA)),
+    'other signs in the gradients of BDIA': (
+        'ctx.saved_tensors, ctx.coefficients', 'ctx.saved_tensors, ctx.tape.model.config.coefficients()[ctx.depth]',
+        lambda m: check_against_autograd(m, BDIA)),
     'the remembered bits lost': (
         '.bitwise_or_(unpack(cut_off, bits, s.shape))', '', lambda m: check_exact(m, SCHEMES[4])),
     'f evaluated again outside autocast': (
@@ -348,7 +360,7 @@ def alive(scheme, n_layer):
     loss.backward()
     return sizes
 
-@pytest.mark.parametrize('scheme, k', [*[(scheme, 0) for scheme in SCHEMES[:3]], (SCHEMES[6], 0), (dict(SCHEMES[7], h=1.5), 1),
+@pytest.mark.parametrize('scheme, k', [*[(scheme, 0) for scheme in SCHEMES[:3]], (SCHEMES[6], 0), (dict(SCHEMES[8], h=1.5), 1),
                                        *[(dict(scheme='midpoint_a', a=1 / 2**k), k) for k in (1, 2, 4, 8)]])
 def test_only_the_last_pair_and_the_bits_live_until_backward(scheme, k):
     few, many, elements = alive(scheme, 2), alive(scheme, 12), B * T * 32

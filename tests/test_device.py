@@ -63,7 +63,7 @@ def steps(config):
 
 CONFIGS = [GPTConfig(**SHAPE, **{'dropout': 0.1, **scheme}) for scheme in [
     dict(scheme='standard'), dict(scheme='standard', stored_layers=1), *[s for s in SCHEMES if s.get('a') is None],
-    dict(scheme='midpoint_a', a=[0.75, -0.5, 1 / 256]), dict(scheme='midpoint_a', a=-0.5, **LLAMA),
+    dict(scheme='midpoint_a', a=[0.75, -0.5, 1 / 256]), dict(scheme='midpoint_a', a='bdia'), dict(scheme='midpoint_a', a=-0.5, **LLAMA),
     dict(scheme='leapfrog', stored_layers=2, **LLAMA), dict(scheme='leapfrog', exact=False), dict(scheme='leapfrog', dropout=0.0)]]
 
 @alone

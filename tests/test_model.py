@@ -242,6 +242,22 @@ def test_random_a_is_drawn_once_in_quarters():
     again = model_py.GPT(model_py.GPTConfig(**asdict(model.config)))
     assert again.config == model.config
 
+def test_bdia_draws_signs_in_training_and_is_the_standard_net_otherwise():
+    model, standard = build(scheme='midpoint_a', a='bdia', dropout=0.1), build(scheme='standard', dropout=0.1)
+    drawn = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model(*batch())
+        drawn.add(tuple(step.n for step in model.coefficients))
+        assert all((step.bits, step.m, step.c) == (1, 2 - step.n, 1 + step.n / 2) for step in model.coefficients)
+    assert len(drawn) > 6 and {n for signs in drawn for n in signs} == {-1, 1}
+    model.eval(), standard.eval()
+    idx = batch()[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            assert torch.equal(model(*batch())[1], standard(*batch())[1]) and torch.equal(model.hidden(idx), standard.hidden(idx))
+    assert torch.equal(model.generate(idx[:, :5], 8, temperature=0), standard.generate(idx[:, :5], 8, temperature=0))
+
 def test_states_may_overflow_and_are_rebuilt_all_the_same():
     """int64 wraps around, and dividing by n is a multiplication modulo 2^64: nothing that wraps is lost."""
     for n, m, bits in [(1, 0, 0), (-1, 2, 0), (3, 1, 2), (-5, 9, 2), (255, 1, 8), (7, 9, 4), (-3, 35, 5)]:

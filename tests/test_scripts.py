@@ -111,6 +111,15 @@ def test_a_stopped_run_resumes_bit_for_bit(place, whole):
         for name, weight in weights(place, 'whole').items():
             assert torch.equal(weight, weights(place, out)[name]), name
 
+def test_bdia_resumes_bit_for_bit(place):
+    flags = dict(scheme='midpoint_a', a='bdia')
+    train(place, 'signs', **flags)
+    train(place, 'signs_stopped', lr_decay_iters=8, max_iters=4, **flags)
+    train(place, 'signs_stopped', init_from='resume', **flags)
+    for name, weight in weights(place, 'signs').items():
+        assert torch.equal(weight, weights(place, 'signs_stopped')[name]), name
+    assert len(train(place, 'signs_of_two', processes=2, **flags)) > 2
+
 def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     """As after a power cut: the log knows steps that last.pt does not."""
     train(place, 'killed', lr_decay_iters=8, max_iters=4)
@@ -276,6 +285,8 @@ def test_a_trained_standard_model_becomes_reversible_on_the_way_in(place):
     assert 0 < abs(losses[8] - before) < abs(losses[1] - before) < 0.1
     assert goes_on('finetuned_leapfrog', scheme='leapfrog', h=0.5)[1]['h'] == 0.5
     assert goes_on('finetuned_a', a=0.5)[1]['h'] == [1.5] * 4
+    loss, config = goes_on('finetuned_bdia', scheme='midpoint_a', a='bdia')
+    assert loss == before and (config['a'], config['h']) == ('bdia', None)      # evaluated as the standard model it was
     assert set(trained) == set(weights(place, 'finetuned1'))
     train(place, 'finetuned1', init_from='resume', n_layer=4, max_iters=3, eval_interval=2, bits=1)
     assert load_checkpoint(str(place / 'finetuned1' / 'last.pt'))['config']['a'] == [-0.5] * 4
@@ -304,7 +315,8 @@ def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
     (dict(scheme='midpoint_a', a=2), 'a = 2 cannot be undone exactly'),
     (dict(scheme='midpoint_a', a=0.0, exact=False), 'a = 0 forgets p_prev'),
     (dict(scheme='midpoint_a', a=1 / 512), 'up to 256'),
-    (dict(scheme='midpoint_a', a='all'), "a = 'all': give a number or a list of them, or 'random'"),
+    (dict(scheme='midpoint_a', a='all'), "a = 'all': give a number or a list of them, or 'random' or 'bdia'"),
+    (dict(scheme='midpoint_a', a='bdia', h=0.5), "a = 'bdia' has h = 1 + a: leave h out"),
     (dict(scheme='midpoint_a', a=[0.5]), 'a has 1 numbers: give one, or n_layer = 12'),
     (dict(scheme='leapfrog', h=float('nan')), 'h = nan: give a number'),
     (dict(scheme='symplectic', h=0.5), "scheme 'symplectic' has no step size"),
