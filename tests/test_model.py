@@ -244,6 +244,7 @@ def test_random_a_is_drawn_once_in_quarters():
 
 def test_bdia_draws_signs_in_training_and_is_the_standard_net_otherwise():
     model, standard = build(scheme='midpoint_a', a='bdia', dropout=0.1), build(scheme='standard', dropout=0.1)
+    standard.load_state_dict(model.state_dict())
     drawn = set()
     for seed in range(20):
         torch.manual_seed(seed)
