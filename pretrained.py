@@ -7,15 +7,20 @@ Weights and tokenizers of pretrained models: where they are found, and which of 
     model = GPT.from_pretrained('some/folder')                          # as transformers' save_pretrained writes it
     model = GPT.from_pretrained('ckpt.pt', scheme='leapfrog', h=0.25)   # of nanoGPT; fields of GPTConfig to change
 
+    python pretrained.py out/best.pt some/folder                        # the way back: a folder for transformers,
+    python pretrained.py out/best.pt ckpt.pt                            # or a checkpoint for nanoGPT, of a standard model
+
 Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/, from
 https://huggingface.co or whatever the environment's HF_ENDPOINT says, with HF_TOKEN if it is set. What is wrong with a
 model is said in one ValueError; a download that fails ends the program (SystemExit).
 """
 import json
+import math
 import os
 import re
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +29,7 @@ import torch
 from jinja2 import TemplateError                # torch brings it along
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.download import download, gpt2_encoding
+from data.download import download, gpt2_encoding, publish, write_atomically
 from model import GPT, GPTConfig
 from runtime import load_checkpoint
 
@@ -154,43 +159,42 @@ def shapes(config):
     with torch.device('meta'):
         return {name: weight.shape for name, weight in GPT(GPTConfig(**config)).state_dict().items()}
 
-def rename(theirs, family, config, where):
+def layout(family, config):
     """
-    Our name -> functions that read its parts, which lie one under the other, from the tensors of a family: every one of ours
-    is there in its shape, and none is left over.
+    For each of our weights: (our name, its shape, their name and rows of each of its parts, which lie one under the other,
+    whether they keep it transposed).
     """
     table, layers = FAMILIES[family]
-    theirs = {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in theirs.items()
-              if not name.endswith(BUFFERS)}
     hs = config['n_embd'] // config['n_head']
     rows = {'self_attn.q_proj': config['n_embd'], 'self_attn.k_proj': (config.get('n_kv_head') or config['n_head']) * hs,
             'mlp.gate_proj': config['n_inner'], 'mlp.up_proj': config['n_inner']}       # of the parts of a fused matrix
     rows['self_attn.v_proj'] = rows['self_attn.k_proj']
-    ours, used = {}, set()
     for name, shape in shapes(config).items():
         part, kind = name.rsplit('.', 1)
         prefix = ''
         if part.startswith('transformer.h.'):
             _, _, layer, part = part.split('.', 3)
             prefix = f'{layers}.{layer}.'
-        sources = table[part]
-        if name == 'lm_head.weight' and config['tied']:
-            used.add('lm_head.weight')              # there or not: it is the embedding
-            sources = table['transformer.wte']
-        # OpenAI's Conv1D keeps its matrices as (in, out)
-        transposed = family == 'gpt2' and prefix and len(shape) == 2
-        parts = []
-        for source in sources:
-            found, read = theirs.get(f'{prefix}{source}.{kind}', (None, None))
-            wanted = torch.Size((rows[source], *shape[1:])) if source in rows else shape[::-1] if transposed else shape
+        sources = table['transformer.wte' if part == 'lm_head' and config['tied'] else part]
+        yield (name, shape, [(f'{prefix}{source}.{kind}', rows.get(source, shape[0])) for source in sources],
+               family == 'gpt2' and bool(prefix) and len(shape) == 2)           # OpenAI's Conv1D: (in, out)
+
+def rename(theirs, family, config, where):
+    """Our name -> functions that read its parts from the tensors of a family: every one of ours is there, and none is left over."""
+    theirs = {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in theirs.items()
+              if not name.endswith(BUFFERS)}
+    ours, used = {}, {'lm_head.weight'} if config['tied'] else set()            # there or not: it is the embedding
+    for name, shape, sources, transposed in layout(family, config):
+        ours[name] = []
+        for source, rows in sources:
+            found, read = theirs.get(source, (None, None))
+            wanted = shape[::-1] if transposed else torch.Size((rows, *shape[1:]))
             if found is None:
-                raise ValueError(f'{where} has no tensor {prefix}{source}.{kind}')
+                raise ValueError(f'{where} has no tensor {source}')
             if found != wanted:
-                raise ValueError(f'{where}: {prefix}{source}.{kind} has shape {tuple(found)}, and config.json says '
-                                 f'{tuple(wanted)}')
-            used.add(f'{prefix}{source}.{kind}')
-            parts.append((lambda read=read: read().t()) if transposed else read)
-        ours[name] = parts
+                raise ValueError(f'{where}: {source} has shape {tuple(found)}, and config.json says {tuple(wanted)}')
+            used.add(source)
+            ours[name].append((lambda read=read: read().t()) if transposed else read)
     nothing_left(theirs.keys() - used, where)
     return ours
 
@@ -324,6 +328,82 @@ def build(name, **overrides):
     return model, meta
 
 # -----------------------------------------------------------------------------
+# from ours to theirs
+
+def export(source, target):
+    """
+    Writes a standard model, source as for load(), in a form that other programs read: nanoGPT's ckpt.pt, if target ends in .pt,
+    or a folder for transformers' from_pretrained(). ValueError if they have no such architecture.
+    """
+    config, weights, meta = load(source)
+    config = GPTConfig(**config)
+    if config.scheme != 'standard' and config.a != 'bdia':
+        raise ValueError(f'{source} is of scheme {config.scheme}, which no other program computes: sample, evaluate and train it here. '
+                         "What is trained with --a=bdia is a standard model in the end, and can be written")
+    gpt2 = config.norm == 'layernorm' and config.mlp == 'gelu' and config.rope_theta is None and config.n_kv_head == config.n_head
+    llama = config.norm == 'rmsnorm' and config.mlp == 'swiglu' and config.rope_theta is not None and not config.bias
+    nano = gpt2 and config.tied and config.n_inner == 4 * config.n_embd and config.norm_eps == 1e-5
+    if target.endswith('.pt'):
+        if not nano:
+            raise ValueError(f'{source} is not of nanoGPT\'s architecture: name a folder instead of {target}, for transformers')
+        args = {name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+        torch.save(dict(model={name: torch.cat([read() for read in parts]) for name, parts in weights.items()}, model_args=args,
+                        iter_num=0, best_val_loss=math.inf, config={}), target)
+        return
+    if not gpt2 and not llama:
+        raise ValueError(f'{source} is neither a GPT-2 nor a Llama, but something between them: transformers has no such model')
+    os.makedirs(target, exist_ok=True)
+    shared = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32')
+    if gpt2:
+        family, kept = 'gpt2', dict(
+            model_type='gpt2', architectures=['GPT2LMHeadModel'], n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+            n_head=config.n_head, n_inner=config.n_inner, activation_function='gelu_new', layer_norm_epsilon=config.norm_eps,
+            resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
+    else:
+        family, kept = 'llama', dict(
+            model_type='llama', architectures=['LlamaForCausalLM'], max_position_embeddings=config.block_size, hidden_size=config.n_embd,
+            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+            intermediate_size=config.n_inner, hidden_act='silu', rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta)
+    ends = ends_of_text(meta)
+    kept.update(shared, bos_token_id=None, eos_token_id=ends[0] if len(ends) == 1 else ends or None)
+    prefix = {'gpt2': 'transformer.', 'llama': 'model.'}[family]
+    # transformers' GPT-2 has biases everywhere: those that ours lacks are 0
+    tensors, everything = {}, asdict(replace(config, bias=gpt2, scheme='standard', a=None, h=None, stored_layers=None))
+    for name, shape, sources, transposed in layout(family, everything):
+        first = 0
+        for their_name, rows in sources:
+            if name == 'lm_head.weight' and config.tied:
+                continue
+            def read(name=name, rows=slice(first, first + rows), shape=(rows, *shape[1:]), transposed=transposed):
+                whole = torch.cat([part() for part in weights[name]])[rows].float() if name in weights else torch.zeros(shape)
+                return whole.t() if transposed else whole
+            tensors[their_name if name == 'lm_head.weight' else prefix + their_name] = (
+                shape[::-1] if transposed else (rows, *shape[1:]), read)
+            first += rows
+    write_safetensors(os.path.join(target, 'model.safetensors'), tensors)
+    for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'):
+        if meta['encoding'] == 'tokenizer.json' and (path := find(meta['model'], file)):
+            shutil.copyfile(path, os.path.join(target, file))
+    write_atomically(os.path.join(target, 'config.json'), json.dumps(kept, indent=2).encode())
+
+def write_safetensors(path, tensors):
+    """
+    Writes float32 tensors, name -> (shape, a function that reads the tensor): one is in memory at a time, where the library
+    safetensors wants them all at once.
+    """
+    header, end = dict(__metadata__=dict(format='pt')), 0
+    for name, (shape, _) in tensors.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = dict(dtype='F32', shape=list(shape), data_offsets=[start, end])
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)                     # the tensors begin at a multiple of 8
+    with open(f'{path}.part', 'wb') as file:
+        file.write(len(header).to_bytes(8, 'little') + header)
+        for _, read in tensors.values():
+            read().contiguous().numpy().tofile(file)
+    publish(f'{path}.part', path)
+
+# -----------------------------------------------------------------------------
 # tokens
 
 def tokens_of(name):
@@ -400,3 +480,12 @@ def turn_weights(model):
     for weight in model.parameters():
         if weight.dim() == 2 and weight.size(0) > weight.size(1):
             weight.data = weight.data.t().contiguous().t()
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3:
+        sys.exit('give a model and where to write it: python pretrained.py out/best.pt some/folder')
+    try:
+        export(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(f'{sys.argv[2]} is written')

@@ -49,7 +49,7 @@ class Knobs:
     seeds: list | None = None               # each student once for each of these; None: for seed alone
     # conversion
     conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's estimate of p_prev, twice
-                                            # the work; 'all': the full table
+                                            # the work; 'all': the full table, also of what is not tuned
     bits: int | float | list = 0            # midpoint_a: bits per element, the mean over the layers; a list: one student each
     spread: bool = True                     # the bits go where they matter; False: each layer has as many, |a| = 2^-bits
     spread_windows: int = 4                 # sequences of the training data on which it is measured where they matter
@@ -346,7 +346,7 @@ if knobs.compile:
 # what is tuned, and what is only measured beside it
 students = [('midpoint_a', k) for k in bits] if knobs.conversion in ('midpoint_a', 'all') else []
 students += [(name, 0) for name in ('midpoint_sum', 'symplectic') if knobs.conversion in (name, 'all')]
-others = [sign / 2**k for k in CHOICES for sign in (1, -1)]
+others = [sign / 2**k for k in CHOICES for sign in (1, -1)] if knobs.conversion == 'all' else []
 
 teacher_loss = validation_loss(teacher, val_data, knobs, here)
 say(f'{knobs.teacher}: {count_parameters(teacher):,} parameters, validation loss {teacher_loss:.4f}')

@@ -15,7 +15,8 @@ import torch
 
 from data.text.prepare import prepare as prepare_text
 from model import GPT, GPTConfig
-from pretrained import build, conversation, same_tokens, tokenizer
+from pretrained import build, conversation, ends_of_text, export, same_tokens, tokenizer
+from runtime import save_checkpoint
 from test_data import site                                              # noqa: F401, a fixture
 
 LLAMA = dict(model_type='llama', vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
@@ -277,3 +278,63 @@ def test_a_question_in_the_models_own_template(tmp_path):
         conversation(meta, 'to be?')
     with pytest.raises(ValueError, match='the model has no chat template: leave --chat out'):
         conversation(dict(encoding='gpt2'), 'to be?')
+
+def written(folder, config, encoding=dict(encoding='bytes', vocab_size=256)):
+    """A checkpoint with random weights, amplified as trained ones are; and the model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=3, n_head=4, n_embd=32, **config)).eval()
+    for weight in model.parameters():
+        weight.data = 3 * weight.data if weight.dim() == 2 else weight.data + 0.1 * torch.randn(weight.shape)
+    save_checkpoint([str(folder / 'best.pt')], dict(model=model.state_dict(), config=vars(model.config), meta=encoding))
+    return str(folder / 'best.pt'), model
+
+GPT2_LIKE = dict(scheme='standard')
+LLAMA_LIKE = dict(scheme='standard', norm='rmsnorm', mlp='swiglu', bias=False, rope_theta=5000.0, n_inner=40, norm_eps=1e-4)
+
+@pytest.mark.parametrize('config', [
+    GPT2_LIKE, dict(GPT2_LIKE, bias=False), dict(GPT2_LIKE, tied=False, n_inner=50, norm_eps=1e-3), dict(scheme='midpoint_a', a='bdia'),
+    LLAMA_LIKE, dict(LLAMA_LIKE, n_kv_head=2, tied=False), dict(LLAMA_LIKE, scheme='midpoint_a', a='bdia', n_kv_head=1)], ids=str)
+def test_transformers_reads_what_is_written(config, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    path, ours = written(tmp_path, config)
+    export(path, str(tmp_path / 'folder'))
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'folder', output_loading_info=True)
+    assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    again = GPT.from_pretrained(str(tmp_path / 'folder')).eval()
+    idx = torch.randint(97, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = ours.lm_head(ours.hidden(idx))
+        assert (theirs.eval()(idx).logits - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (again.lm_head(again.hidden(idx)) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert again.config.block_size == 64 and again.config.tied == ours.config.tied
+
+def test_its_tokenizer_goes_along(tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    folder = llama_folder(tmp_path / 'model', eos_token_id=[3, 5])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0, 'to': 1, 'be': 2, 'or': 3}, unk_token='<unk>'))
+    words.save(str(tmp_path / 'model' / 'tokenizer.json'))
+    path, _ = written(tmp_path, LLAMA_LIKE, dict(encoding='tokenizer.json', model=folder, vocab_size=97))
+    export(path, str(tmp_path / 'folder'))
+    model, meta = build(str(tmp_path / 'folder'))
+    assert ends_of_text(meta) == [3, 5] and tokenizer(meta)[0]('be') == [2]
+
+def test_nanogpt_reads_what_is_written(tmp_path):
+    """Its train.py and sample.py take these two keys of ckpt.pt; the names of the weights are ours."""
+    path, ours = written(tmp_path, dict(GPT2_LIKE, bias=False), dict(encoding='gpt2', vocab_size=50257))
+    export(path, str(tmp_path / 'ckpt.pt'))
+    nano = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert nano['model_args'] == dict(n_layer=3, n_head=4, n_embd=32, block_size=64, bias=False, vocab_size=97, dropout=0.0)
+    assert {'iter_num', 'best_val_loss', 'config'} < nano.keys() and nano['model'].keys() == ours.state_dict().keys()
+    again = GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+@pytest.mark.parametrize('config, target, words', [
+    (dict(scheme='leapfrog'), 'folder', 'is of scheme leapfrog, which no other program computes'),
+    (dict(scheme='midpoint_a', a=-0.5), 'ckpt.pt', 'is of scheme midpoint_a'),
+    (dict(GPT2_LIKE, norm='rmsnorm'), 'folder', 'something between them'), (dict(LLAMA_LIKE, bias=True), 'folder', 'something between them'),
+    (LLAMA_LIKE, 'ckpt.pt', "is not of nanoGPT's architecture"), (dict(GPT2_LIKE, tied=False), 'ckpt.pt', "is not of nanoGPT's")], ids=str)
+def test_what_nobody_reads_is_not_written(tmp_path, config, target, words):
+    path, _ = written(tmp_path, config)
+    with pytest.raises(ValueError, match=words):
+        export(path, str(tmp_path / target))
+    assert not (tmp_path / target).exists()

@@ -187,7 +187,7 @@ def workshop(place):                                                    # noqa: 
                  bits='[0,1]', spread_windows=3, **SMALL)
     assert 'training taught/best.pt with teacher.py' in output
     lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), '))]
-    assert [line[-2] for line in lines[1:3]] != lines[0][-1] and len(lines) == 13
+    assert [line[-2] for line in lines[1:]] != lines[0][-1] and len(lines) == 3
     assert output.count('it gets') == 1                                 # the bits of the second student
     return place
 
