@@ -72,6 +72,7 @@ class Knobs:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
+    zero: bool = False                      # each of N processes keeps 8 / N instead of 8 bytes of moments per weight
     # evaluation and machine, as in train.py
     eval_interval: int = 500
     eval_windows: int = 400
@@ -173,7 +174,7 @@ def distillation(teacher, t, data_weight):
     return criterion
 
 MAY_CHANGE = {'out_dir', 'init_from', 'seeds', 'teacher_config', 'eval_interval', 'eval_windows', 'log_interval',
-              'stored_layers', 'device', 'compile'}         # of the knobs, when a run is resumed
+              'stored_layers', 'zero', 'device', 'compile'}         # of the knobs, when a run is resumed
 
 def tune(name, conversion, bits, seed):
     """Makes and tunes a student: (loss before, loss after), or None if it was asked to stop."""
@@ -198,7 +199,8 @@ def tune(name, conversion, bits, seed):
     a = a_at(step, run, goal)
     student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
-    optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
+    zero = knobs.zero and world > 1
+    optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2), zero)
     if checkpoint:
         optimizer.load_state_dict(checkpoint['optimizer'])
         if checkpoint['scaler']:            # empty, unless the run was in float16
@@ -216,6 +218,8 @@ def tune(name, conversion, bits, seed):
     record = open_log(folder, ['step', 'loss', 'lr', 'grad_norm', 'bits', 'tokens_per_s', 'peak_gb', 'val_loss'], step)
 
     def save():
+        if zero:
+            optimizer.consolidate_state_dict()
         if main:
             save_checkpoint([last], dict(
                 model=student.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -137,12 +138,16 @@ def training_batch(data, knobs, step, micro, device):
 # -----------------------------------------------------------------------------
 # AdamW, its schedule, and what processes agree on at each step
 
-def adamw(model, weight_decay, learning_rate, betas):
-    """AdamW that decays matrices and leaves biases and norms alone."""
+def adamw(model, weight_decay, learning_rate, betas, zero=False):
+    """
+    AdamW that decays matrices and leaves biases and norms alone. With zero, each process has the moments of a share of the
+    weights alone, and sends the others what has become of that share (ZeRO stage 1, arXiv 1910.02054).
+    """
     weights = [w for w in model.parameters() if w.requires_grad]
     groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
               dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, learning_rate, betas, fused=weights[0].device.type == 'cuda')
+    settings = dict(lr=learning_rate, betas=betas, fused=weights[0].device.type == 'cuda')
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings) if zero else torch.optim.AdamW(groups, **settings)
 
 def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())

@@ -54,6 +54,7 @@ class Knobs(GPTConfig):                     # all fields of GPTConfig in model.p
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
+    zero: bool = False                      # each of N processes keeps 8 / N instead of 8 bytes of moments per weight
     decay_lr: bool = True
     warmup_iters: int = 2000
     lr_decay_iters: int | None = None       # None: max_iters
@@ -133,11 +134,13 @@ if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
 
 raw_model.to(here.device)
-optimizer = adamw(raw_model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
+zero = knobs.zero and world > 1
+optimizer = adamw(raw_model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2), zero)
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model'])
-    # its moments; weight decay and betas are those of the knobs
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint['optimizer']['state']))
+    for its, ours in zip(checkpoint['optimizer']['param_groups'], optimizer.param_groups):
+        its.update({key: value for key, value in ours.items() if key != 'params'})      # weight decay and betas of the knobs
+    optimizer.load_state_dict(checkpoint['optimizer'])
     if checkpoint['scaler']:                # empty, unless the run was in float16
         here.scaler.load_state_dict(checkpoint['scaler'])
     step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
@@ -152,6 +155,8 @@ if world > 1:
                                     gradient_as_bucket_view=True)           # or there is a second copy of all gradients
 
 def save(*paths):
+    if zero:
+        optimizer.consolidate_state_dict()  # the first process collects all moments: a checkpoint is of any number of processes
     if main:
         save_checkpoint(paths, dict(
             model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,

@@ -141,6 +141,36 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
             for x, y in zip(a, b):
                 assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
 
+@pytest.mark.parametrize('processes', [2, 4])
+def test_a_sharded_optimizer_changes_no_bit(place, processes):
+    flags = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4)
+    names = [f'zero_{processes}_{zero}' for zero in (False, True)]
+    for name, zero in zip(names, (False, True)):
+        train(place, name, processes=processes, zero=zero, **flags)
+    plain, sharded = (load_checkpoint(str(place / name / 'last.pt')) for name in names)
+    for name, weight in plain['model'].items():
+        assert torch.equal(weight, sharded['model'][name]), name
+    assert plain['optimizer']['state'].keys() == sharded['optimizer']['state'].keys()
+    for index, moments in plain['optimizer']['state'].items():
+        assert all(torch.equal(x, sharded['optimizer']['state'][index][name]) for name, x in moments.items())
+
+def test_fewer_processes_go_on_where_four_with_a_sharded_optimizer_stopped(place):
+    flags = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4, lr_decay_iters=8)
+    train(place, 'four', processes=4, zero=True, max_iters=4, **flags)
+    for processes in (4, 2, 1):
+        (place / f'four_then_{processes}').mkdir()
+        (place / f'four_then_{processes}' / 'last.pt').write_bytes((place / 'four' / 'last.pt').read_bytes())
+        train(place, f'four_then_{processes}', processes=processes, init_from='resume', zero=True, weight_decay=0.05, **flags)
+    train(place, 'four_plain', processes=4, max_iters=4, **flags)
+    train(place, 'four_plain', processes=4, init_from='resume', weight_decay=0.05, **flags)
+    want = weights(place, 'four_plain')
+    for name, weight in want.items():
+        assert torch.equal(weight, weights(place, 'four_then_4')[name]), name
+        for processes in (2, 1):                                        # which add up gradients in another order
+            assert torch.allclose(weight, weights(place, f'four_then_{processes}')[name], rtol=0, atol=1e-5), name
+    groups = load_checkpoint(str(place / 'four_then_2' / 'last.pt'))['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.05, 0.0]
+
 def test_validation_loss_is_that_of_the_saved_model(place, whole):
     checkpoint = load_checkpoint(str(place / 'whole' / 'last.pt'))
     model = GPT(GPTConfig(**checkpoint['config'])).eval()
