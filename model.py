@@ -308,7 +308,7 @@ class ReversibleStep(torch.autograd.Function):
         ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
         for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (b, T, C) each: b sequences
             x, fx = evaluate(ctx, p)                                            # p as floats and f(p), (b, T, C) each
-            tape.watch(coefficients.c, fx.detach())
+            tape.watch(coefficients, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
             del x, fx                           # and with them the graph, before the next one is built
@@ -390,7 +390,7 @@ class Tape:
         self.kind = x.device.type
         self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
         self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)   # a cache is of all
-        self.norms = [torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype))]
+        self.norms = [(None, torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype)))]    # of p_0, then of every f(p)
 
     def slices(self, *tensors):
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
@@ -400,10 +400,10 @@ class Tape:
         return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not training,
                     enabled=torch.is_autocast_enabled(self.kind))
 
-    def watch(self, c, fx):
-        """Integers know neither inf nor NaN, so the norms of the increments are remembered as floats."""
+    def watch(self, coefficients, fx):
+        """Integers know neither inf nor NaN, and wrap silently, so the norms of f(p) are remembered as floats."""
         if self.lower.dtype == torch.int64:
-            self.norms.append(c * torch.linalg.vector_norm(fx, dtype=wide(fx.dtype)))
+            self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
 
     def verify(self):
         """
@@ -414,10 +414,25 @@ class Tape:
             self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
     def last_state(self):
-        """As floats (B, T, C); NaN if an increment was inf, NaN or of a norm beyond 2^31. A state beyond it wraps unnoticed."""
-        last, largest = to_float(self.upper, self.dtype), torch.stack(self.norms).abs().max()
+        """As floats (B, T, C); NaN if an f(p) was inf or NaN, or if a number may have left the range of integers."""
+        last = to_float(self.upper, self.dtype)
+        if self.upper.dtype == torch.int64:
+            last.add_(torch.where(self.bound() < 2**31, 0.0, math.nan))
         self.norms.clear()
-        return last.add_(torch.where(largest < 2**31, 0.0, math.nan)) if self.upper.dtype == torch.int64 else last
+        return last
+
+    def bound(self):
+        """
+        Of all states and of n * p_prev + m * p. As a + b = 1, a step of differences d = p_next - p is d_next = -a * d + c * f(p).
+        So in any state |f(p)| counts at most c * s times, where s = 1 + |a of the next step| * (s of the next step).
+        """
+        (_, bound), *norms = self.norms
+        s, a, widest = 1.0, 0.0, 1
+        for i in reversed(range(0, len(norms), self.n_slices)):                 # the first slice of every step
+            n, m, c, bits, _ = norms[i][0]
+            s, a, widest = 1 + a * s, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
+            bound = bound + abs(c) * s * torch.stack([norm for _, norm in norms[i:i + self.n_slices]]).max()
+        return widest * bound
 
 # -----------------------------------------------------------------------------
 # the states: int64 with 32 fractional bits, because floats cannot undo an addition and integers can.

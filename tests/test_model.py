@@ -268,6 +268,34 @@ def test_states_may_overflow_and_are_rebuilt_all_the_same():
         p_next, cut_off = model_py.advance(p_prev.clone(), p, fx, step)
         assert torch.equal(model_py.rebuild(p_next, p, fx, cut_off, step), p_prev)
 
+@pytest.mark.parametrize('scheme', [s for s in SCHEMES if 'norm' not in s], ids=str)
+@pytest.mark.parametrize('large, finite', [(2.0**13, True), (2.0**33, False)])
+def test_a_state_that_finite_increments_carry_out_of_range_is_nan(scheme, large, finite):
+    """f is the same everywhere, so that nothing cancels; each increment alone is within the range."""
+    model = build(**dict(scheme, n_layer=16, **({'a': -0.5, 'h': None} if isinstance(scheme.get('a'), list) else {})))
+    for name, weight in model.transformer.h.named_parameters():
+        torch.nn.init.zeros_(weight)
+        if name.endswith('mlp.c_proj.bias'):
+            weight.data[0] = large / 16
+    state = model.last_state(batch()[0])
+    assert state.isfinite().all() == finite and finite == (not state.isnan().all())
+
+@pytest.mark.parametrize('scheme', SCHEMES, ids=str)
+def test_no_state_is_beyond_its_bound(scheme, monkeypatch):
+    model, largest, bounds = build(amplify=8, **scheme), [], []
+    (advance, rebuild), bound = model.recurrence, model_py.Tape.bound
+
+    def watched(p_prev, p, fx, coefficients):
+        largest.append(max(abs(coefficients.n) * p_prev.abs().max() + abs(coefficients.m) * p.abs().max(), p.abs().max()))
+        result = advance(p_prev, p, fx, coefficients)
+        largest.append(result[0].abs().max())
+        return result
+
+    model.recurrence = watched, rebuild
+    monkeypatch.setattr(model_py.Tape, 'bound', lambda tape: bounds.append(bound(tape)) or bounds[0])
+    model.last_state(batch()[0])
+    assert 0 < max(largest) / model_py.ONE <= bounds[0]
+
 def test_slices_are_of_equal_size_where_up_to_twice_as_many_will_do():
     for (B, T), sizes in {(60, 1024): [6] * 10, (8, 1024): [8], (64, 1024): [8] * 8, (2, 16384): [1, 1], (59, 1024): [8] * 3 + [7] * 5,
                           (1, 10**6): [1], (8, 256): [8]}.items():
