@@ -111,6 +111,9 @@ def check_config(config, schemes, default_h):
     for name, parts in (('n_embd', 'n_head'), ('n_head', 'n_kv_head')):
         size, n = getattr(config, name), getattr(config, parts)
         must(size % n == 0, f'{name} = {size} must be divisible by {parts} = {n}')
+    weights = config.n_embd * (config.n_layer * (2 * config.n_embd + 2 * config.n_inner) + config.vocab_size + config.block_size)
+    must(weights < 2**40 and config.n_layer <= 10000, f'n_layer = {config.n_layer}, n_embd = {config.n_embd}, n_inner = {config.n_inner}, '
+         f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: that makes {weights:.1e} weights, more than any machine holds')
     hs = config.n_embd // config.n_head
     must(config.rope_theta is None or hs % 2 == 0 and config.rope_theta > 0,
          f'rotary positions need an even n_embd / n_head, not {hs}, and a rope_theta above 0, not {config.rope_theta}')

@@ -132,7 +132,8 @@ def read_weights(name):
     files = ['model.safetensors']
     if not os.path.exists(local(name, files[0])) and (index := find(name, 'model.safetensors.index.json')):
         shards = read_json(index).get('weight_map')
-        if not isinstance(shards, dict):
+        # a path that leaves the folder is a stranger's
+        if not isinstance(shards, dict) or not all(isinstance(file, str) and re.fullmatch(r'\w[\w.-]*', file) for file in shards.values()):
             raise ValueError(f'{index} is damaged: delete it and fetch it again')
         files = sorted(set(shards.values()))
     tensors = {}

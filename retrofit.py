@@ -36,7 +36,7 @@ from configurator import configure
 from model import GPT, cross_entropy, head
 from pretrained import build, reversible, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
-                     open_data, open_log, peak_memory, rank, save_checkpoint, say, seed_step, signals, start, training_batch,
+                     open_data, open_log, peak_memory, rank, restarted, save_checkpoint, say, seed_step, signals, start, training_batch,
                      validation_loss, windows, world)
 
 @dataclass
@@ -181,13 +181,15 @@ def tune(name, conversion, bits, seed):
     run = replace(knobs, conversion=conversion, bits=bits, seed=seed)
     folder = os.path.join(knobs.out_dir, name)
     last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
-    if knobs.init_from == 'resume' and os.path.exists(last):
+    if (knobs.init_from == 'resume' or restarted(last)) and os.path.exists(last):
         try:
             checkpoint = load_checkpoint(last)
         except ValueError as error:
             fail(str(error))
         if 'retrofit' not in checkpoint:
             fail(f'{last} was not written by retrofit.py: choose another --out_dir')
+        if checkpoint['meta'] != meta:
+            fail(f'{last} was tuned on other tokens than those of data/{knobs.dataset}: give the data it had')
         for knob, value in checkpoint['retrofit'].items():
             if getattr(run, knob) != value:
                 fail(f'{knob} = {getattr(run, knob)}, but {last} was made with {knob} = {value}: resume with the '

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from configurator import machine
+from data.download import crc32, fcntl
 from model import GPT, advance, chunk_loss, rebuild
 
 # -----------------------------------------------------------------------------
@@ -70,6 +70,7 @@ def start(knobs):
 
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     say(reasons)
+    sys.excepthook = explain
     device = torch.device(kind, local_rank) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
         torch.cuda.set_device(device)
@@ -79,7 +80,21 @@ def start(knobs):
         torch._dynamo.config.optimize_ddp = False       # it would cut compiled blocks, whose gradients leave all at once
     return SimpleNamespace(kind=kind, device=device, dtype=dtype,
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
-                           scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'))
+                           scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'), skipped=0)
+
+def explain(kind, error, traceback):
+    """As sys.excepthook: that memory is lacking, or another process gone, is one sentence; any other error is shown as ever."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
+    elif world > 1 and (isinstance(error, dist.DistError) or 'onnection' in str(error)):
+        print(f'process {rank} has lost the others: what ended one of them is said above', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+def restarted(last):
+    """Whether torchrun has started all processes again (--max_restarts), and last is a checkpoint of this same run."""
+    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(last)
+            and load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID'])
 
 def leave():
     """
@@ -115,8 +130,14 @@ def open_data(knobs):
             meta = json.load(file)
         train, val = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
                       for split in ('train', 'val'))
-    except (OSError, ValueError, KeyError):
+        train.vocab_size = val.vocab_size = int(meta['vocab_size'])
+        # one process on a machine reads all of it, some seconds a gigabyte: what training reads is what was prepared
+        damaged = [split for split in meta.get('crc32', ()) if local_rank == 0
+                   and crc32(os.path.join(folder, f'{split}.bin')) != meta['crc32'][split]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f'there is no data in {folder}, or not all of it: run "python {folder}/prepare.py" first')
+    if damaged:
+        fail(f'{folder}/{damaged[0]}.bin is not as it was prepared: run "python {folder}/prepare.py" again')
     if min(len(train), len(val)) <= knobs.block_size:
         fail(f'{folder} has {len(train)} training and {len(val)} validation tokens, too few for '
              f'block_size = {knobs.block_size}: choose a smaller block_size')
@@ -125,6 +146,8 @@ def open_data(knobs):
 def windows(data, starts, T, device):
     """Inputs and targets, both (rows, T), from these places of the data."""
     x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
+    if (largest := int(x.max())) >= data.vocab_size:
+        fail(f'{data.filename} has a token {largest}, and its meta.json says that there are {data.vocab_size}: prepare it again')
     if device.type == 'cuda':
         x = x.pin_memory().to(device, non_blocking=True)
     return x[:, :-1].to(device), x[:, 1:].to(device)
@@ -147,7 +170,10 @@ def adamw(model, weight_decay, learning_rate, betas, zero=False):
     groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
               dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
     settings = dict(lr=learning_rate, betas=betas, fused=weights[0].device.type == 'cuda')
-    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings) if zero else torch.optim.AdamW(groups, **settings)
+    if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer         # importing it takes a second
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
@@ -197,6 +223,10 @@ def agree(step, loss, norm, model, here):
     if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
         fail(f'step {step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
              'and last.pt, if there is one, is as it was')
+    here.skipped = 0 if math.isfinite(norm) else here.skipped + 1                               # steps, one after the other
+    if here.skipped == 50:                  # the scale has been halved so often that it cannot be the reason
+        fail(f'step {step + 1}: the gradients of the last 50 steps were inf or NaN in float16: try a lower learning rate, or '
+             '--dtype=float32')
     return loss, norm, stop > 0
 
 def duration(seconds):
@@ -211,20 +241,26 @@ def duration(seconds):
 def save_checkpoint(paths, checkpoint):
     """
     Writes the dict under another name, and renames it once it is on the disk: there is never half a checkpoint. Further paths
-    become names of the same file, which is never changed, only replaced.
+    become names of the same file, which is never changed, only replaced. A disk that is full ends the program in a sentence.
     """
     part = f'{paths[0]}.part'
-    with open(part, 'wb') as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in paths[1:]:
-        try:
-            os.link(part, f'{path}.part')
-        except OSError:                     # some file systems know no second name
-            shutil.copyfile(part, f'{path}.part')
-        os.replace(f'{path}.part', path)
-    os.replace(part, paths[0])
+    try:
+        with open(part, 'wb') as file:
+            torch.save(dict(checkpoint, run=os.environ.get('TORCHELASTIC_RUN_ID')), file)
+            file.flush()
+            os.fsync(file.fileno())
+        for path in paths[1:]:
+            try:
+                os.link(part, f'{path}.part')
+            except OSError:                 # some file systems know no second name
+                shutil.copyfile(part, f'{path}.part')
+            os.replace(f'{path}.part', path)
+        os.replace(part, paths[0])
+    except (OSError, RuntimeError) as error:            # torch.save() of a full disk raises either
+        for path in paths:
+            if os.path.exists(f'{path}.part'):
+                os.remove(f'{path}.part')
+        fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is as it was')
 
 def load_checkpoint(path):
     """The dict of save_checkpoint. ValueError if there is no such file, or if not all of it is as it was written."""
@@ -232,6 +268,8 @@ def load_checkpoint(path):
         raise ValueError(f'there is no checkpoint {path}')
     try:                                    # what damage raises depends on the byte; torch.load reads no checksums
         with zipfile.ZipFile(path) as file: # one process on a machine looks at all of it; mapped, it is in memory once
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):     # it might unpack to anything
+                raise ValueError
             broken = local_rank == 0 and file.testzip()
         checkpoint = None if broken else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception:
@@ -270,7 +308,18 @@ def peak_memory(kind):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 def open_log(folder, columns, step):
-    """record(**values), which adds a row to log.csv in this folder, made here. Rows of steps after this one go."""
+    """
+    record(**values), which adds a row to log.csv in this folder, made here. Rows of steps after this one go. As long as
+    record() lives, no other run gets the folder.
+    """
+    def record(**values):
+        if main:
+            try:
+                with open(path, 'a', newline='') as file:
+                    csv.DictWriter(file, columns).writerow(values)
+            except OSError as error:
+                fail(f'{path} cannot be written to ({error.strerror}): make room, and go on with --init_from=resume')
+
     path = os.path.join(folder, 'log.csv')
     if main:
         rows = []
@@ -279,18 +328,19 @@ def open_log(folder, columns, step):
                 rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
         try:
             os.makedirs(folder, exist_ok=True)
+            if fcntl:                       # Windows has no such locks
+                descriptor = os.open(folder, os.O_RDONLY)
+                weakref.finalize(record, os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(f'{path}.part', 'w', newline='') as file:
                 writer = csv.DictWriter(file, columns, extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(rows)
             os.replace(f'{path}.part', path)
+        except BlockingIOError:
+            fail(f'{folder} is in use by another run: wait until it ends, or choose another --out_dir')
         except OSError as error:
             fail(f'{folder} cannot be written to ({error.strerror}): choose another --out_dir')
-
-    def record(**values):
-        if main:
-            with open(path, 'a', newline='') as file:
-                csv.DictWriter(file, columns).writerow(values)
     return record
 
 # -----------------------------------------------------------------------------

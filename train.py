@@ -27,7 +27,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import build, load, reversible, same_tokens
 from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cosine, count_parameters, duration, fail, leave, load_checkpoint, local_rank, main,
-                     most_stored_layers, open_data, open_log, peak_memory, save_checkpoint, say, seed_step, start,
+                     most_stored_layers, open_data, open_log, peak_memory, restarted, save_checkpoint, say, seed_step, start,
                      training_batch, validation_loss, world)
 
 @dataclass
@@ -88,6 +88,8 @@ PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify, sl
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
+if restarted(last):
+    knobs.init_from = 'resume'
 if knobs.init_from == 'scratch':
     knobs.scheme = knobs.scheme or 'leapfrog'
 if knobs.bits is not None and (knobs.init_from == 'scratch' or knobs.bits not in range(9) or knobs.a is not None or knobs.scheme):
@@ -130,6 +132,10 @@ if config.vocab_size < meta['vocab_size']:
 if config.block_size < knobs.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
 
+if here.kind == 'cpu' and hasattr(os, 'sysconf') and (needed := 16 * count_parameters(raw_model)) > (
+        there := os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')):
+    fail(f'{count_parameters(raw_model):,} weights take {needed / 1e9:,.0f} GB with gradients and moments, and this machine has '
+         f'{there / 1e9:.0f} GB: choose a smaller model')
 if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
 

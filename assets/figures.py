@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
                      'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
 COLORS = dict(standard='black', checkpointed='gray', midpoint='tab:blue', leapfrog='tab:green', symplectic='tab:orange',
-              midpoint_a='tab:purple', midpoint_sum='tab:red')
+              midpoint_a='tab:purple', midpoint_sum='tab:red', revlib='tab:brown')
 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def fetch_verified(url, path, part, size, sha256, token):
                 sys.exit(f'cannot download {url} ({reason}): check the connection and run the command again')
             print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
             time.sleep(pause)
+        except OSError as error:
+            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again, it goes on from there')
 
     sha256 = sha256 or published
     if sha256 and digest(part) != sha256:
@@ -133,12 +136,26 @@ def digest(path):
             sha256.update(chunk)
     return sha256.hexdigest()
 
+def crc32(path):
+    value = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
 def gpt2_encoding():
     """GPT-2's tokens, which tiktoken downloads once"""
     try:
         return tiktoken.get_encoding('gpt2')
     except requests.RequestException as error:
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
+
+def in_a_sentence(kind, error, traceback):
+    """the sys.excepthook of the prepare.py: a full disk is one sentence, every other error is shown as ever"""
+    if isinstance(error, OSError):
+        print(f'{error}: is the disk full? make room and run the command again', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 # -----------------------------------------------------------------------------
 # from a .part to its final name
@@ -156,9 +173,11 @@ def write_atomically(path, data):
 def publish_dataset(folder, **meta):
     """the two .part are written: name them, write meta.json last, and print the counts"""
     (folder / 'meta.json').unlink(missing_ok=True) # that of an earlier run must not describe the new files
+    meta['crc32'] = {}
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         publish(f'{path}.part', path)
+        meta['crc32'][split] = crc32(path)
         tokens = path.stat().st_size // np.dtype(meta['dtype']).itemsize
         print(f'{folder.name}/{path.name}: {tokens:,} tokens')
     write_atomically(folder / 'meta.json', json.dumps(meta).encode())

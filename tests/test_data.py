@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -205,6 +206,7 @@ def test_meta_comes_last_and_never_describes_other_files(tmp_path):
 def load(folder):
     meta = json.loads((folder / 'meta.json').read_text())
     train, val = (np.fromfile(folder / f'{split}.bin', dtype=meta['dtype']) for split in ('train', 'val'))
+    assert meta.pop('crc32') == {split: zlib.crc32((folder / f'{split}.bin').read_bytes()) for split in ('train', 'val')}
     assert not list(folder.glob('*.part')) and max(train.max(), val.max(initial=0)) < meta['vocab_size']
     return train, val, meta
 

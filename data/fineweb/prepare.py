@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, publish_dataset
+from data.download import download, in_a_sentence, publish_dataset
 
 HERE = Path(__file__).resolve().parent
 URL = 'https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main'
@@ -50,6 +50,7 @@ def prepare(folder=HERE, url=URL, shards=10):
     publish_dataset(folder, encoding='gpt2', vocab_size=50257, dtype='uint16')
 
 if __name__ == '__main__':
+    sys.excepthook = in_a_sentence
     parser = argparse.ArgumentParser()
     parser.add_argument('--shards', type=int, default=10, help='how many of the 103, 100M tokens each')
     prepare(**vars(parser.parse_args()))

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, gpt2_encoding, publish_dataset
+from data.download import download, gpt2_encoding, in_a_sentence, publish_dataset
 
 HERE = Path(__file__).resolve().parent
 REVISION = '8cfd553694d06979cfec29248b200468786f0294'
@@ -74,6 +74,7 @@ def prepare(folder=HERE, url=URL, subsets=SUBSETS, workers=os.cpu_count()):
     publish_dataset(folder, encoding='gpt2', vocab_size=gpt2.n_vocab, dtype='uint16')
 
 if __name__ == '__main__':
+    sys.excepthook = in_a_sentence
     parser = argparse.ArgumentParser()
     parser.add_argument('--subsets', type=int, default=SUBSETS, help='how many of the 21, from the first')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that encode')

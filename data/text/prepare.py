@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import publish_dataset
+from data.download import in_a_sentence, publish_dataset
 from pretrained import tokenizer, tokens_of
 
 HERE = Path(__file__).resolve().parent
@@ -50,6 +50,7 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
     publish_dataset(folder, **{**meta, 'dtype': dtype})
 
 if __name__ == '__main__':
+    sys.excepthook = in_a_sentence
     parser = argparse.ArgumentParser(description='text of your own, in the tokens of a pretrained model')
     parser.add_argument('inputs', nargs='+', help='text files, or folders of .txt files')
     parser.add_argument('--tokenizer', default='gpt2', help='a model or a folder, as GPT.from_pretrained takes it')
