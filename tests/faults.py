@@ -1,0 +1,427 @@
+"""
+What may break, broken on purpose, from a fixed seed:  python tests/faults.py  (a quarter of an hour on one core)
+
+    python tests/faults.py kill_train command_lines         # some of the rows
+    python tests/faults.py --tries=100                      # instead of 30; command lines are ten times as many
+
+Each row of the table says how often something was tried, how often all was as it should be, and how often not. As it should be:
+a run that is killed and resumed ends in the weights of an uninterrupted one, bit for bit; damage is noticed, or has changed
+nothing that is read; a program that gives up says why in one sentence, and what it had written before is as it was. Linux.
+"""
+import json
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ['OMP_NUM_THREADS'] = '1'         # set before torch is loaded
+
+import torch
+
+from model import GPT, GPTConfig
+from pretrained import build, export, tokenizer
+from runtime import load_checkpoint, save_checkpoint
+
+TRIES = 30
+SHAPE = dict(dataset='tiny', block_size=16, batch_size=4, gradient_accumulation_steps=2, eval_windows=9, device='cpu', warmup_iters=1)
+TRAIN = dict(SHAPE, n_layer=3, n_head=2, n_embd=16, dropout=0.1, max_iters=60, eval_interval=3, log_interval=1)
+RETROFIT = dict(SHAPE, teacher='teacher.pt', bits=1.5, spread_windows=2, max_iters=60, eval_interval=3, log_interval=1)
+chance = random.Random(0)
+
+def command(script, processes=1, **flags):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), *(f'--{name}={value}' for name, value in flags.items())]
+
+def run(arguments, **how):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **how)
+
+def in_a_sentence(result):
+    """Whether a process said why it gave up, and showed no traceback."""
+    return result.returncode not in (0, -signal.SIGKILL) and 'Traceback' not in result.stderr and bool(result.stderr.strip())
+
+def same_weights(one, other):
+    one, other = (load_checkpoint(path)['model'] for path in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+# -----------------------------------------------------------------------------
+# killed, and resumed
+
+def killed(start, longest):
+    """Starts a process, kills it and all its children at a random moment, and says whether it was still at work."""
+    with subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        time.sleep(chance.uniform(0.2, longest))
+        alive = process.poll() is None
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return alive
+
+def kill_and_resume(script, flags, where, processes=1, tries=None):
+    """
+    One run, killed again and again, each time resumed from where it was; then it may end. Each kill is a try, and all of
+    them are lost if the weights are not those of the run that nothing disturbed.
+    """
+    tries = tries or TRIES
+    began = time.time()
+    result = run(command(script, processes, out_dir='undisturbed', **flags))
+    assert result.returncode == 0, result.stderr
+    longest, kills = time.time() - began, 0
+    while kills < tries:
+        shutil.rmtree('disturbed', ignore_errors=True)
+        begun = Path('disturbed', where)
+        while kills < tries and killed(command(script, processes, out_dir='disturbed', **resumed(script, flags, begun)), longest):
+            kills += 1
+        result = run(command(script, processes, out_dir='disturbed', **resumed(script, flags, begun)))
+        if result.returncode or not same_weights(begun, Path('undisturbed', where)):
+            return tries, 0
+    return tries, tries
+
+def resumed(script, flags, begun):
+    first = 'scratch' if script == 'train.py' else 'teacher'
+    return dict(flags, init_from='resume' if begun.exists() else first)
+
+def kill_train():
+    return kill_and_resume('train.py', TRAIN, 'last.pt')
+
+def kill_train_of_two_processes():
+    return kill_and_resume('train.py', TRAIN, 'last.pt', processes=2, tries=TRIES // 3)
+
+def kill_retrofit():
+    return kill_and_resume('retrofit.py', RETROFIT, 'midpoint_a_1.5bit/last.pt')
+
+def kill_prepare():
+    """data/python/prepare.py, which needs a second; the old data set is whole, or the new one, or there is none."""
+    good = 0
+    for _ in range(TRIES):
+        killed([sys.executable, 'data/python/prepare.py'], 1.5)
+        result = run([sys.executable, 'data/python/prepare.py'])
+        meta = json.loads(Path('data/python/meta.json').read_text())
+        good += result.returncode == 0 and not list(Path('data/python').glob('*.part')) and set(meta['crc32']) == {'train', 'val'}
+    return TRIES, good
+
+def kill_download():
+    """A file of 2 MB from a slow server, fetched by as many processes as it takes."""
+    content, good = chance.randbytes(2_000_000), 0
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            first = int(self.headers.get('Range', 'bytes=0-').split('=')[1].split('-')[0])
+            self.send_response(206 if first else 200)
+            if first:
+                self.send_header('Content-Range', f'bytes {first}-{len(content) - 1}/{len(content)}')
+            self.send_header('Content-Length', str(len(content) - first))
+            self.end_headers()
+            try:
+                for i in range(first, len(content), 1 << 16):
+                    self.wfile.write(content[i:min(i + (1 << 16), len(content))])
+                    time.sleep(0.02)
+            except ConnectionError:
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    fetch = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); from data.download import download; '
+             f'download("http://127.0.0.1:{server.server_port}/file", "fetched/file")']
+    for _ in range(TRIES):
+        killed(fetch, 1.5)
+        if Path('fetched/file').exists() or chance.random() < 0.3:
+            run(fetch)
+            good += Path('fetched/file').read_bytes() == content
+            shutil.rmtree('fetched')
+        else:
+            good += 1                       # what is lost by a kill shows when the file is whole
+    server.shutdown()
+    return TRIES, good
+
+# -----------------------------------------------------------------------------
+# no room
+
+def small_files(limit):
+    """No file may grow beyond this many bytes, as on a disk that is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+def full_disk(script, flags, where):
+    good = 0
+    for _ in range(TRIES // 3):
+        shutil.rmtree('crowded', ignore_errors=True)
+        assert run(command(script, out_dir='crowded', **dict(flags, max_iters=3))).returncode == 0
+        path = Path('crowded', where)
+        before, size = path.read_bytes(), path.stat().st_size
+        more = dict(flags, max_iters=6) if script == 'train.py' else flags
+        result = run(command(script, out_dir='crowded', **more, init_from='resume' if script == 'train.py' else 'teacher'),
+                     preexec_fn=small_files(chance.randrange(size)))
+        good += in_a_sentence(result) and path.read_bytes() == before and not list(Path('crowded').rglob('*.pt.part'))
+    return TRIES // 3, good
+
+def full_disk_train():
+    return full_disk('train.py', dict(TRAIN, lr_decay_iters=9), 'last.pt')
+
+def full_disk_retrofit():
+    return full_disk('retrofit.py', RETROFIT, 'midpoint_a_1.5bit/last.pt')
+
+def full_disk_prepare():
+    good = 0
+    for _ in range(TRIES // 3):
+        result = run([sys.executable, 'data/python/prepare.py'], preexec_fn=small_files(chance.randrange(5_000_000)))
+        good += in_a_sentence(result)
+    return TRIES // 3, good
+
+# -----------------------------------------------------------------------------
+# damage
+
+def damage(path, use, sound):
+    """
+    Flips a bit, or cuts the file off, at random; use(), in a process of its own, must end in a sentence, or give what it gave
+    before.
+    """
+    content, good = path.read_bytes(), 0
+    for k in range(10 * TRIES):
+        place = chance.randrange(len(content))
+        path.write_bytes(content[:place] if k % 5 == 0 else
+                         content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
+        code, said = in_a_child(lambda: use() == sound or sys.exit('other numbers'))
+        good += code == 0 or code == 1 and 'Traceback' not in said and 'other numbers' not in said
+    path.write_bytes(content)
+    return 10 * TRIES, good
+
+def in_a_child(work, memory=2 << 30, seconds=60):
+    """(exit status, what it wrote to stderr) of a forked process: it has torch already."""
+    with tempfile.TemporaryFile('w+') as output:
+        sys.stdout.flush()
+        if not (child := os.fork()):
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            status = 0
+            try:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (6 << 30),) * 2)
+                signal.alarm(seconds)
+                work()
+            except SystemExit as stop:
+                status = 0 if stop.code in (None, 0) else 1
+                if isinstance(stop.code, str):
+                    print(stop.code, file=sys.stderr, flush=True)
+            except ValueError as error:     # of functions that scripts turn into a sentence
+                status = 1
+                print(error, file=sys.stderr, flush=True)
+            except BaseException as error:
+                status = 1
+                sys.excepthook(type(error), error, error.__traceback__)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return status, output.read()
+
+def weights_of(model):
+    return [weight.double().sum().item() for weight in model.state_dict().values()]
+
+def damaged_checkpoint():
+    path = Path('sound.pt')
+    return damage(path, lambda: [weight.tolist() for weight in load_checkpoint(str(path))['model'].values()],
+                  [weight.tolist() for weight in load_checkpoint(str(path))['model'].values()])
+
+def damaged_data():
+    from types import SimpleNamespace
+    from runtime import open_data
+
+    def use():
+        meta, train, val = open_data(SimpleNamespace(dataset='tiny', block_size=16))
+        return train.tobytes() + val.tobytes()
+
+    results = [damage(Path('data/tiny', name), use, use()) for name in ('train.bin', 'val.bin', 'meta.json')]
+    return tuple(map(sum, zip(*results)))
+
+def damaged_safetensors():
+    """The header; a flipped bit of the numbers is not noticed, since the format has no checksums, and is left out here."""
+    path = Path('folder/model.safetensors')
+    content = path.read_bytes()
+    header, sound, good = struct.unpack('<Q', content[:8])[0], weights_of(build('folder')[0]), 0
+    for k in range(10 * TRIES):
+        place = chance.randrange(8 + header)
+        path.write_bytes(content[:chance.randrange(len(content))] if k % 5 == 0 else
+                         content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
+        code, said = in_a_child(lambda: weights_of(build('folder')[0]) == sound or sys.exit('other numbers'))
+        good += code == 0 or code == 1 and 'Traceback' not in said and 'other numbers' not in said
+    path.write_bytes(content)
+    return 10 * TRIES, good
+
+def damaged_tokenizer():
+    try:
+        import tokenizers
+    except ImportError:
+        return 0, 0
+    path = Path('folder/tokenizer.json')
+    vocabulary = {word: i for i, word in enumerate(['<unk>', 'to', 'be', 'or', 'not'])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(path))
+    content, good = path.read_bytes(), 0
+    for k in range(10 * TRIES):             # cut off: a flipped letter of a word makes another tokenizer, as good as the first
+        path.write_bytes(content[:chance.randrange(len(content) - 2)])
+        code, said = in_a_child(lambda: tokenizer(dict(encoding='tokenizer.json', model='folder'))[0]('to be'))
+        good += code == 1 and 'Traceback' not in said
+    path.write_bytes(content)
+    return 10 * TRIES, good
+
+# -----------------------------------------------------------------------------
+# what is typed
+
+VALUES = ['0', '-1', '1', '2', '3', '7', '16', '10**9', '1000000000', '-0.5', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e400', 'None', 'True',
+          'False', '[]', '[1]', '[0.5,0.5]', '[1,"a"]', '{}', '()', '""', 'abc', 'auto', 'random', 'bdia', 'all', 'cpu', 'cuda', 'mps', 'float32', 'bfloat16',
+          'float16', 'resume', 'scratch', 'standard', 'midpoint', 'leapfrog', 'symplectic', 'midpoint_a', 'midpoint_sum', 'gpt2', 'tiny', 'none',
+          'sound.pt', 'folder', 'data', '/', '..', '\x00', 'é', '2**63', '9223372036854775808', '-9223372036854775809', "'", '\\', '--', '=']
+SCRIPTS = {'train.py': dict(TRAIN, max_iters=1), 'retrofit.py': dict(RETROFIT, max_iters=1), 'sample.py': dict(init_from='sound.pt', max_new_tokens=3),
+           'evaluate.py': dict(init_from='sound.pt', datasets='tiny', block_size=16, eval_windows=4, device='cpu')}
+
+def command_lines():
+    """One to three flags with values of any kind; sometimes a name that is misspelt, or a word that is no flag."""
+    good = 0
+    for _ in range(10 * TRIES):
+        script = chance.choice(list(SCRIPTS))
+        source = (ROOT / script).read_text() + (ROOT / 'model.py').read_text() * (script == 'train.py')
+        names = sorted({line.split(':')[0].strip() for line in source.splitlines() if line.startswith('    ') and ': ' in line and ' = ' in line
+                        and line.split(':')[0].strip().isidentifier()})
+        flags = dict(SCRIPTS[script], out_dir='typed') if script in ('train.py', 'retrofit.py') else dict(SCRIPTS[script])
+        for _ in range(chance.randint(1, 3)):
+            flags[chance.choice(names) if chance.random() < 0.95 else 'misspelt'] = chance.choice(VALUES)
+        line = [f'--{name}={value}' for name, value in flags.items()] + chance.choice([[]] * 20 + [['word'], ['--'], ['-x'], ['--seed']])
+        line = [argument.replace('\x00', '') for argument in line]
+
+        def work():
+            sys.argv = [str(ROOT / script), *line]
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+
+        code, said = in_a_child(work)
+        fine = code in (0, 1) and 'Traceback' not in said
+        if not fine:
+            print(f'{script} {" ".join(line)}: {code} {said[-300:]}', file=sys.stderr)
+        good += fine
+        shutil.rmtree('typed', ignore_errors=True)
+    return 10 * TRIES, good
+
+# -----------------------------------------------------------------------------
+# strangers, neighbours
+
+def hostile_files():
+    """None is executed, followed or unpacked."""
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, ('executed',)
+
+    bomb = Path('bomb.pt')
+    torch.save(dict(model={}, config={}, meta=Malice()), 'malice.pt')
+    with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as archive:
+        with archive.open('archive/data.pkl', 'w', force_zip64=True) as file:
+            for _ in range(256):
+                file.write(bytes(1 << 22))          # a gigabyte of zeros, in one megabyte
+    Path('code.py').write_text('__import__("os").mkdir("executed")\n')
+    shutil.copytree('folder', 'outside', dirs_exist_ok=True)
+    os.remove('outside/model.safetensors')
+    Path('outside/model.safetensors.index.json').write_text(json.dumps(dict(weight_map={'wte.weight': '../folder/model.safetensors'})))
+    tries = [lambda: load_checkpoint('malice.pt'), lambda: load_checkpoint('bomb.pt'), lambda: build('outside'), lambda: build('bomb.pt'),
+             lambda: build('malice.pt')]
+    good = 0
+    for use in tries:
+        code, said = in_a_child(use, seconds=20)
+        good += code == 1 and 'Traceback' not in said
+    good += in_a_sentence(run([sys.executable, str(ROOT / 'train.py'), 'code.py']))
+    return len(tries) + 1, good * (not Path('executed').exists())
+
+def two_runs_in_one_folder():
+    with subprocess.Popen(command('train.py', out_dir='shared', **dict(TRAIN, max_iters=10**6)), stdout=subprocess.PIPE, text=True) as first:
+        for line in first.stdout:
+            if line.startswith('step 1:'):
+                break
+        second = run(command('train.py', out_dir='shared', **TRAIN))
+        first.terminate()
+        first.communicate()
+    return 1, int(in_a_sentence(second) and 'in use by another run' in second.stderr and first.returncode == 0)
+
+def a_process_of_two_dies():
+    """The other ends within a minute; so does torchrun, and says so."""
+    good = 0
+    for _ in range(TRIES // 10):
+        with subprocess.Popen(command('train.py', 2, out_dir='widowed', **dict(TRAIN, max_iters=10**6)), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) as group:
+            for line in group.stdout:
+                if line.startswith('step 5:'):
+                    break
+            workers = run(['pgrep', '-P', str(group.pid)]).stdout.split()
+            os.kill(int(chance.choice(workers)), signal.SIGKILL)
+            began = time.time()
+            group.stdout.close()
+            said = group.stderr.read()
+            group.wait(timeout=120)
+        good += group.returncode != 0 and time.time() - began < 60 and 'Signal 9' in said
+    return TRIES // 10, good
+
+def restarts_go_on():
+    """torchrun --max_restarts=3, whose processes are killed twice on the way."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1', '--nproc_per_node=2', '--max_restarts=3', '--monitor_interval=0.5',
+                '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', f'--rdzv_id={chance.random()}']
+    flags = [f'--{name}={value}' for name, value in dict(TRAIN, max_iters=300, eval_interval=20).items()]
+    assert run([*launcher, str(ROOT / 'train.py'), *flags, '--out_dir=calm']).returncode == 0
+    with subprocess.Popen([*launcher, str(ROOT / 'train.py'), *flags, '--out_dir=restless'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True) as group:
+        kills = 0
+        for line in group.stdout:
+            if kills < 2 and line.startswith(f'step {100 * (kills + 1)}:'):
+                os.kill(int(run(['pgrep', '-P', str(group.pid)]).stdout.split()[0]), signal.SIGKILL)
+                kills += 1
+    return 1, int(kills == 2 and group.returncode == 0 and same_weights('calm/last.pt', 'restless/last.pt'))
+
+ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, kill_download, full_disk_train, full_disk_retrofit,
+        full_disk_prepare, damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines, hostile_files,
+        two_runs_in_one_folder, a_process_of_two_dies, restarts_go_on]
+
+def workshop():
+    """In the current folder: data, a model of each kind of file."""
+    from data.download import publish_dataset
+    shutil.copytree(ROOT / 'data', 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.json', 'tasks', 'shards'))
+    Path('data/tiny').mkdir()
+    for split, n in (('train', 3000), ('val', 400)):
+        Path(f'data/tiny/{split}.bin.part').write_bytes(bytes(i * i % 61 for i in range(n)))
+    publish_dataset(Path('data/tiny'), encoding='bytes', vocab_size=256, dtype='uint8')
+    for name in ('configurator.py', 'model.py', 'pretrained.py', 'runtime.py'):         # which data/text/prepare.py imports
+        shutil.copy(ROOT / name, name)
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=256, n_layer=3, n_head=2, n_embd=16, bias=False, scheme='standard')
+    for path in ('sound.pt', 'teacher.pt'):
+        save_checkpoint([path], dict(model=GPT(config).state_dict(), config=vars(config), meta=dict(encoding='bytes', vocab_size=256)))
+    llama = GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=16, n_inner=24, norm='rmsnorm', mlp='swiglu', rope_theta=1e4,
+                      bias=False, scheme='standard')
+    save_checkpoint(['llama.pt'], dict(model=GPT(llama).state_dict(), config=vars(llama), meta=dict(encoding='unknown')))
+    export('llama.pt', 'folder')
+
+if __name__ == '__main__':
+    names = [argument for argument in sys.argv[1:] if not argument.startswith('--tries=')]
+    for argument in sys.argv[1:]:
+        if argument.startswith('--tries='):
+            TRIES = int(argument.removeprefix('--tries='))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        workshop()
+        print(f'{"what":32}{"tried":>7}{"as it should be":>18}{"lost":>7}{"seconds":>10}')
+        for row in ROWS:
+            if not names or row.__name__ in names:
+                began = time.time()
+                tried, good = row()
+                print(f'{row.__name__.replace("_", " "):32}{tried:>7}{good:>18}{tried - good:>7}{time.time() - began:>10.0f}', flush=True)
+        os.chdir(ROOT)
