@@ -95,6 +95,21 @@ def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
     return replace(reversible(config, conversion, a), stored_layers=stored_layers, exact=True)
 
+@torch.no_grad()
+def divergence(student, data, n):
+    """KL(teacher, student) in nats per token, over n windows spread evenly over the data; the same number in all processes."""
+    student.eval()
+    places, total = len(data) - knobs.block_size, 0.0
+    rows = np.linspace(0, places - 1, min(n, places)).astype(int)
+    own = rows[rank::world]
+    with here.autocast:
+        criterion = distillation(teacher, 1.0, 0.0)
+        for i in range(0, len(own), knobs.batch_size):
+            x, y = windows(data, own[i:i + knobs.batch_size], knobs.block_size, here.device)            # (b, T) each
+            total += student(x, y, criterion, teacher.hidden(x))[1].item() * len(x)
+    student.train()
+    return all_reduce(total)[0] / len(rows)
+
 # -----------------------------------------------------------------------------
 # bits where they matter
 
@@ -124,26 +139,20 @@ def sensitivity():
     {bits: for each layer, KL(teacher, student) in nats per token when it has so many and all others have 8}. A layer's h
     depends on the a of those above it, so the others' change along.
     """
-    rows = np.linspace(0, len(train_data) - knobs.block_size - 1, knobs.spread_windows).astype(int)[rank::world]
     n_layer = teacher.config.n_layer
-    with here.autocast, torch.no_grad():
-        criterion = distillation(teacher, 1.0, 0.0)
-        batches = [windows(train_data, [row], knobs.block_size, here.device) for row in rows]
-        wanted = [teacher.hidden(x) for x, _ in batches]
-        student = GPT(converted(teacher.config, 'midpoint_a', [1.0] * n_layer, 0)).to(here.device).eval()
-        student.load_state_dict(teacher.state_dict())
+    student = GPT(converted(teacher.config, 'midpoint_a', [1.0] * n_layer, 0)).to(here.device)
+    student.load_state_dict(teacher.state_dict())
 
-        def divergence(bits):
-            if signals:
-                sys.exit('stopped before the bits were spread over the layers: run the command again')
-            student.config = converted(teacher.config, 'midpoint_a', [knobs.sign / 2**k for k in bits], 0)
-            student.coefficients = student.config.coefficients()
-            total = sum(student(x, y, criterion, hidden)[1].item() for (x, y), hidden in zip(batches, wanted))
-            return all_reduce(total)[0] / knobs.spread_windows          # the same number in all processes
+    def with_bits(bits):
+        if signals:
+            sys.exit('stopped before the bits were spread over the layers: run the command again')
+        student.config = converted(teacher.config, 'midpoint_a', [knobs.sign / 2**k for k in bits], 0)
+        student.coefficients = student.config.coefficients()
+        return divergence(student, train_data, knobs.spread_windows)
 
-        most = divergence([8] * n_layer)
-        return {k: [most if k == 8 else divergence([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
-            range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
+    most = with_bits([8] * n_layer)
+    return {k: [most if k == 8 else with_bits([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
+        range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
 
 def assign(table, budget):
     """Bits of every layer, budget of them on average at most: always those that buy the most per bit."""
@@ -177,7 +186,7 @@ MAY_CHANGE = {'out_dir', 'init_from', 'seeds', 'teacher_config', 'eval_interval'
               'stored_layers', 'zero', 'device', 'compile'}         # of the knobs, when a run is resumed
 
 def tune(name, conversion, bits, seed):
-    """Makes and tunes a student: (loss before, loss after), or None if it was asked to stop."""
+    """Makes and tunes a student: (loss before, loss after, divergence after), or None if it was asked to stop."""
     run = replace(knobs, conversion=conversion, bits=bits, seed=seed)
     folder = os.path.join(knobs.out_dir, name)
     last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
@@ -291,7 +300,7 @@ def tune(name, conversion, bits, seed):
             after = val_loss if step == knobs.max_iters else None
             save()
             clock += time.time() - pause
-    return before, after
+    return before, after, divergence(student, val_data, knobs.eval_windows)
 
 # -----------------------------------------------------------------------------
 # teacher, students, report
@@ -371,13 +380,13 @@ for conversion, k in students:
 for a in others:
     student = GPT(converted(teacher.config, 'midpoint_a', a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(teacher.state_dict())
-    table.append((f'midpoint(a), a = {a:g}', bits_of(student), validation_loss(student, val_data, knobs, here), None))
+    table.append((f'midpoint(a), a = {a:g}', bits_of(student), validation_loss(student, val_data, knobs, here), None, None))
 
 say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
-    f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}\n'
+    f'{"":42}{"bits":>6}{"before":>10}{"after":>10}{"to teacher":>12}{"KL":>10}\n'
     f'{"teacher, not reversible":42}{"all":>6}{teacher_loss:10.4f}')
-for title, k, before, after in table:
-    say(f'{title:42}{k:>6.3g}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ''))
+for title, k, before, after, kl in table:
+    say(f'{title:42}{k:>6.3g}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ' ' * 22) + (f'{kl:10.4f}' if kl is not None else ''))
 say('bits: remembered per element of the state and layer, on average. With 0, and only then, memory does not grow with depth, '
     'if no layer is stored.\nbefore: where a moves, with a where it starts.')
 leave()
