@@ -24,6 +24,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,7 @@ import torch
 
 from model import GPT, GPTConfig
 from pretrained import build, export, tokenizer
-from runtime import load_checkpoint, save_checkpoint
+from runtime import load_checkpoint, open_data, save_checkpoint
 
 TRIES = 30
 SHAPE = dict(dataset='tiny', block_size=16, batch_size=4, gradient_accumulation_steps=2, eval_windows=9, device='cpu', warmup_iters=1)
@@ -207,6 +208,7 @@ def in_a_child(work, memory=2 << 30, seconds=60):
         sys.stdout.flush()
         if not (child := os.fork()):
             os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            sys.stdout = sys.stderr = open(output.fileno(), 'w', closefd=False)
             status = 0
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (6 << 30),) * 2)
@@ -222,7 +224,7 @@ def in_a_child(work, memory=2 << 30, seconds=60):
             except BaseException as error:
                 status = 1
                 sys.excepthook(type(error), error, error.__traceback__)
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         output.seek(0)
@@ -237,9 +239,6 @@ def damaged_checkpoint():
                   [weight.tolist() for weight in load_checkpoint(str(path))['model'].values()])
 
 def damaged_data():
-    from types import SimpleNamespace
-    from runtime import open_data
-
     def use():
         meta, train, val = open_data(SimpleNamespace(dataset='tiny', block_size=16))
         return train.tobytes() + val.tobytes()
