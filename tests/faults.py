@@ -15,6 +15,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -370,6 +371,38 @@ def a_process_of_two_dies():
         good += group.returncode != 0 and time.time() - began < 60 and 'Signal 9' in said
     return TRIES // 10, good
 
+def out_of_memory_in_one_of_two():
+    """A process runs out of memory at a random step: it says so, and the other one ends within a minute, too."""
+    good = 0
+    for _ in range(TRIES // 10):
+        code = ('import os, runpy, sys, runtime, torch\n'
+                'agree = runtime.agree\n'
+                'def lacking(step, *rest):\n'
+                f'    if os.environ["RANK"] == "1" and step == {chance.randrange(1, 9)}: raise torch.OutOfMemoryError("CUDA out of memory")\n'
+                '    return agree(step, *rest)\n'
+                'runtime.agree = lacking\n'
+                f'runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")\n')
+        Path('lacking.py').write_text(code)
+        began = time.time()
+        result = run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'lacking.py', *(
+            f'--{name}={value}' for name, value in dict(TRAIN, max_iters=10**6, out_dir='lacking').items())],
+            env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        good += result.returncode != 0 and time.time() - began < 90 and 'out of memory: try' in result.stderr
+    return TRIES // 10, good
+
+def two_machines():
+    """Two groups of processes that meet at an address, as on two machines: the weights of one group of as many, bit for bit."""
+    flags = [f'--{name}={value}' for name, value in dict(TRAIN, max_iters=12).items()]
+    assert run([*command('train.py', 2), *flags, '--out_dir=one_machine']).returncode == 0
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+                f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=two', str(ROOT / 'train.py'), *flags, '--out_dir=two_machines']
+    machines = [subprocess.Popen(launcher, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    codes = [machine.wait(timeout=300) for machine in machines]
+    return 1, int(codes == [0, 0] and same_weights('one_machine/last.pt', 'two_machines/last.pt'))
+
 def restarts_go_on():
     """torchrun --max_restarts=3, whose processes are killed twice on the way."""
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1', '--nproc_per_node=2', '--max_restarts=3', '--monitor_interval=0.5',
@@ -387,7 +420,7 @@ def restarts_go_on():
 
 ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, kill_download, full_disk_train, full_disk_retrofit,
         full_disk_prepare, damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines, hostile_files,
-        two_runs_in_one_folder, a_process_of_two_dies, restarts_go_on]
+        two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on]
 
 def workshop():
     """In the current folder: data, a model of each kind of file."""
