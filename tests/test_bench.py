@@ -110,7 +110,7 @@ def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(
     assert rows[0]['MB per sequence'] == 64 * (128 * (8 + 8 + 4 + 4 + 2 * 4 / 8) + 8) / 1e6     # states, gradients, bits; tokens
 
 def test_length_frontier_and_curve(place):
-    rows, _ = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01, n_layer=1)
+    rows, _ = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01)
     assert rows[0]['length'] < rows[1]['length'] and rows[1]['length'] % 128 == 0
     rows, _ = bench(place, 'frontier', n_layer=1)
     work = {(row['case'], row['stored layers']): row['work'] for row in rows}
@@ -238,5 +238,5 @@ def test_figures_are_drawn_from_the_files(tmp_path):
     shutil.copytree(os.path.join(ROOT, 'results'), tmp_path / 'results')
     output = run(tmp_path, 'assets/figures.py')
     names = {os.path.splitext(name)[0] for name in os.listdir(tmp_path / 'results')
-             if name.endswith('.json') and not name.startswith(('batch', 'length', 'check', 'peers', 'time'))}
+             if name.endswith('.json') and not name.startswith(('batch', 'length', 'check', 'peers', 'sharded', 'time'))}
     assert names and all(f'assets/{name}.png' in output and (tmp_path / 'assets' / f'{name}.png').exists() for name in {*names, 'loss'})

@@ -143,35 +143,36 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
             for x, y in zip(a, b):
                 assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
 
-@pytest.mark.parametrize('processes', [2, 4])
-def test_a_sharded_optimizer_changes_no_bit(place, processes):
-    flags = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4)
-    names = [f'zero_{processes}_{zero}' for zero in (False, True)]
-    for name, zero in zip(names, (False, True)):
-        train(place, name, processes=processes, zero=zero, **flags)
-    plain, sharded = (load_checkpoint(str(place / name / 'last.pt')) for name in names)
-    for name, weight in plain['model'].items():
-        assert torch.equal(weight, sharded['model'][name]), name
-    assert plain['optimizer']['state'].keys() == sharded['optimizer']['state'].keys()
-    for index, moments in plain['optimizer']['state'].items():
-        assert all(torch.equal(x, sharded['optimizer']['state'][index][name]) for name, x in moments.items())
+ZERO = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4, lr_decay_iters=6, max_iters=4, eval_interval=2)
+
+def same_checkpoints(place, one, other):
+    one, other = (load_checkpoint(str(place / name / 'last.pt')) for name in (one, other))
+    for name, weight in one['model'].items():
+        assert torch.equal(weight, other['model'][name]), name
+    assert one['optimizer']['state'].keys() == other['optimizer']['state'].keys()
+    for index, moments in one['optimizer']['state'].items():
+        assert all(torch.equal(x, other['optimizer']['state'][index][name]) for name, x in moments.items())
+
+def test_a_sharded_optimizer_changes_no_bit_and_resumes(place):
+    train(place, 'plain_2', processes=2, **ZERO)
+    train(place, 'zero_2', processes=2, zero=True, **ZERO)
+    same_checkpoints(place, 'plain_2', 'zero_2')
+    train(place, 'zero_2_stopped', processes=2, zero=True, **dict(ZERO, max_iters=2))
+    train(place, 'zero_2_stopped', processes=2, zero=True, init_from='resume', **ZERO)
+    same_checkpoints(place, 'plain_2', 'zero_2_stopped')
 
 def test_fewer_processes_go_on_where_four_with_a_sharded_optimizer_stopped(place):
-    flags = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4, lr_decay_iters=8)
-    train(place, 'four', processes=4, zero=True, max_iters=4, **flags)
-    for processes in (4, 2, 1):
-        (place / f'four_then_{processes}').mkdir()
-        (place / f'four_then_{processes}' / 'last.pt').write_bytes((place / 'four' / 'last.pt').read_bytes())
-        train(place, f'four_then_{processes}', processes=processes, init_from='resume', zero=True, weight_decay=0.05, **flags)
-    train(place, 'four_plain', processes=4, max_iters=4, **flags)
-    train(place, 'four_plain', processes=4, init_from='resume', weight_decay=0.05, **flags)
-    want = weights(place, 'four_plain')
-    for name, weight in want.items():
-        assert torch.equal(weight, weights(place, 'four_then_4')[name]), name
-        for processes in (2, 1):                                        # which add up gradients in another order
-            assert torch.allclose(weight, weights(place, f'four_then_{processes}')[name], rtol=0, atol=1e-5), name
-    groups = load_checkpoint(str(place / 'four_then_2' / 'last.pt'))['optimizer']['param_groups']
-    assert [group['weight_decay'] for group in groups] == [0.05, 0.0]
+    train(place, 'plain_4', processes=4, **ZERO)
+    train(place, 'zero_4', processes=4, zero=True, **ZERO)
+    same_checkpoints(place, 'plain_4', 'zero_4')
+    for processes in (2, 1):                # which add up gradients in another order
+        name = f'four_then_{processes}'
+        (place / name).mkdir()
+        (place / name / 'last.pt').write_bytes((place / 'zero_4' / 'last.pt').read_bytes())
+        train(place, name, processes=processes, init_from='resume', zero=True, **dict(ZERO, max_iters=6, weight_decay=0.05))
+        assert [group['weight_decay'] for group in load_checkpoint(str(place / name / 'last.pt'))['optimizer']['param_groups']] == [0.05, 0.0]
+    for name, weight in weights(place, 'four_then_1').items():
+        assert torch.allclose(weight, weights(place, 'four_then_2')[name], rtol=0, atol=1e-5), name
 
 def test_validation_loss_is_that_of_the_saved_model(place, whole):
     checkpoint = load_checkpoint(str(place / 'whole' / 'last.pt'))
