@@ -334,7 +334,8 @@ def build(name, **overrides):
 def export(source, target):
     """
     Writes a standard model, source as for load(), in a form that other programs read: nanoGPT's ckpt.pt, if target ends in .pt,
-    or a folder for transformers' from_pretrained(). ValueError if they have no such architecture.
+    or a folder for transformers' from_pretrained(). ValueError if they have no such architecture. nanoGPT computes GELU exactly,
+    and this model by GPT-2's tanh: there the logits agree to 1e-4.
     """
     config, weights, meta = load(source)
     config = GPTConfig(**config)

@@ -8,15 +8,15 @@ Turns a trained standard model into a reversible one, and tunes it until its out
     python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
     python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own
 
-A trained net is p_next = p + f(p), which is midpoint(a) at a = 0. Consistency with p' = f asks for h = 1 + a:
+A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 
     p_next = a * p_prev + (1 - a) * p + h * f(p)                (paper eq. 3.6; pretrained.py derives h from a)
 
-With |a| = 2^-bits it remembers so many bits per element and layer. --bits is a budget, the mean over the layers: how much
-the bits of each layer change the output is measured, and they go where they matter. At 0 bits |a| is 1, nothing is
-remembered, and only then does memory not grow with depth. There a moves to its end while the student is tuned to the
-teacher's distribution, and up to 8 bits are remembered on the way. The report has the validation loss, in nats per token,
-of the teacher and of each student before and after. --max_iters=0 writes the student untuned.
+With |a| = 2^-bits a layer remembers so many bits per element. --bits is a budget, the mean over the layers. How much the bits
+of each layer change the output is measured, and the bits go where they matter. At 0 bits |a| is 1, and nothing is remembered:
+only then does memory not grow with depth. There a moves to its end while the student is tuned to the teacher's distribution.
+On the way it remembers up to 8 bits. The report has the validation loss, in nats per token, of the teacher and of each student
+before and after. --max_iters=0 writes the student untuned.
 """
 import functools
 import math
@@ -95,20 +95,11 @@ def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
     return replace(reversible(config, conversion, a), stored_layers=stored_layers, exact=True)
 
-@torch.no_grad()
 def divergence(student, data, n):
-    """KL(teacher, student) in nats per token, over n windows spread evenly over the data; the same number in all processes."""
-    student.eval()
-    places, total = len(data) - knobs.block_size, 0.0
-    rows = np.linspace(0, places - 1, min(n, places)).astype(int)
-    own = rows[rank::world]
+    """KL(teacher, student) in nats per token, over n windows of the data; the same number in all processes."""
     with here.autocast:
         criterion = distillation(teacher, 1.0, 0.0)
-        for i in range(0, len(own), knobs.batch_size):
-            x, y = windows(data, own[i:i + knobs.batch_size], knobs.block_size, here.device)            # (b, T) each
-            total += student(x, y, criterion, teacher.hidden(x))[1].item() * len(x)
-    student.train()
-    return all_reduce(total)[0] / len(rows)
+    return validation_loss(student, data, replace(knobs, eval_windows=n), here, lambda x: (criterion, teacher.hidden(x)))
 
 # -----------------------------------------------------------------------------
 # bits where they matter
@@ -222,7 +213,7 @@ def tune(name, conversion, bits, seed):
     checkpoint = None                       # free its memory
     if knobs.compile:
         compile_parts(student)
-    model = student                         # or what distributes it
+    model = student
     if world > 1:
         model = DistributedDataParallel(student, device_ids=[local_rank] if here.kind == 'cuda' else None,
                                         gradient_as_bucket_view=True)

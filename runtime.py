@@ -86,15 +86,19 @@ def explain(kind, error, traceback):
     """As sys.excepthook: that memory is lacking, or another process gone, is one sentence; any other error is shown as ever."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
-    elif world > 1 and (isinstance(error, dist.DistError) or 'onnection' in str(error)):
+    elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in str(error).lower()):
         print(f'process {rank} has lost the others: what ended one of them is said above', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 def restarted(last):
     """Whether torchrun has started all processes again (--max_restarts), and last is a checkpoint of this same run."""
-    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(last)
-            and load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID'])
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) == 0 or not os.path.exists(last):
+        return False
+    try:
+        return load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID']
+    except ValueError as error:
+        fail(str(error))
 
 def leave():
     """
@@ -282,16 +286,20 @@ def load_checkpoint(path):
 # what is measured
 
 @torch.no_grad()
-def validation_loss(model, data, knobs, here, bar=False):
-    """Mean loss in nats per token over windows spread evenly over the data, each process taking its share."""
+def validation_loss(model, data, knobs, here, criterion=lambda x: (), bar=False):
+    """
+    Mean loss in nats per token over windows spread evenly over the data, each process taking its share. criterion(x) gives what
+    else forward() of the model is to have for these tokens, if it is another loss than cross entropy.
+    """
     model.eval()
     places = len(data) - knobs.block_size
     starts = np.linspace(0, places - 1, min(knobs.eval_windows, places)).astype(int)[rank::world]
     total = 0.0
     for i in tqdm(range(0, len(starts), knobs.batch_size), 'validation', leave=False, disable=not (bar and main)):
         rows = starts[i:i + knobs.batch_size]
+        x, y = windows(data, rows, knobs.block_size, here.device)                           # (b, T) each
         with here.autocast:
-            total += model(*windows(data, rows, knobs.block_size, here.device))[1].item() * len(rows)
+            total += model(x, y, *criterion(x))[1].item() * len(rows)
     model.train()
     total, count = all_reduce(total, len(starts))
     return total / count

@@ -1,5 +1,5 @@
 """
-The comparison of schemes whose table is in RESULTS.md: 12 layers, 3.0M tokens, 0.6M parameters. results/compare.py makes all of its runs.
+A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. results/compare.py makes all of its runs.
 
     python train.py config/compare.py --scheme=leapfrog --h=0.25 --learning_rate=2e-3 --seed=1 --out_dir=out_compare_one
 

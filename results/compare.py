@@ -6,9 +6,9 @@ Schemes compared: each with the learning rate and the step size h that do best f
     python results/compare.py --table                                                   # of what is there
 
 A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. A run's validation losses
-go to results/compare.csv. A stage begins when every run of those before it is there: each learning rate and h on seed 1; the best of them on
-seeds 2 to 4; 24 layers; h by depth and by length of training, leapfrog. BDIA is midpoint_a whose a is drawn anew at every step. The
-counterpart of h in standard is a factor before f, which no flag of train.py sets.
+go to results/compare.csv. A stage begins when every run of those before it is there: each learning rate at the first h on seed 1;
+each h at the best of these rates; the best of both on seeds 2 to 4; 24 layers; h by depth and by length of training, leapfrog. BDIA is
+midpoint_a whose a is drawn anew at every step. The counterpart of h in standard is a factor before f, which no flag of train.py sets.
 """
 import csv
 import math
@@ -21,23 +21,23 @@ from itertools import product
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = os.path.join(ROOT, 'results', 'compare.csv')
 RATES = 1e-3, 2e-3, 4e-3, 8e-3
-SIZES = {'standard': (0.25, 0.5, 1.0), 'midpoint': (0.125, 0.25, 0.5), 'leapfrog': (0.25, 0.5, 1.0), 'symplectic': (None,),
-         'midpoint_a': (0.125, 0.25, 0.5), 'bdia': (None,)}
+SIZES = {'standard': (1.0, 0.25, 0.5), 'midpoint': (0.125, 0.0625, 0.25), 'leapfrog': (0.25, 0.125, 0.5), 'symplectic': (None,),
+         'midpoint_a': (0.25, 0.125, 0.5), 'bdia': (None,)}        # h: the rates are tried with the first
 SEEDS = 2, 3, 4
 LENGTH = 1465                               # steps of 2048 tokens: 3.0M
 
-def name_of(scheme, h, rate, seed, layers=12, steps=LENGTH):
+def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
     return f'{scheme}{size}_lr{rate:g}_{layers}layers_{steps}steps_seed{seed}'
 
-def command(scheme, h, rate, seed, layers=12, steps=LENGTH):
+def command(scheme, h, rate, seed, layers, steps):
     flags = dict(scheme=scheme, h=h, learning_rate=rate, min_lr=rate / 10, seed=seed, n_layer=layers, stored_layers=layers, max_iters=steps,
                  lr_decay_iters=steps, eval_interval=steps // 3, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
     script = ['train.py']
     if scheme == 'bdia':
         flags.update(scheme='midpoint_a', a='bdia')
     if scheme == 'standard':                # x + h * f(x)
-        script = ['-c', f'import runpy, sys, model; f = model.Block.forward; '
+        script = ['-c', f'import runpy, model; f = model.Block.forward; '
                   f'model.Block.forward = lambda block, x, cache=None: {h} * f(block, x, cache); runpy.run_path("train.py", run_name="__main__")']
         del flags['h']
     return [sys.executable, *script, 'config/compare.py', *(f'--{key}={value}' for key, value in flags.items() if value is not None)]
@@ -50,17 +50,24 @@ def found():
         return {(row['scheme'], float(row['h']) if row['h'] else None, float(row['lr']), int(row['seed']), int(row['layers']), int(row['steps'])):
                 float(row['val_loss']) for row in csv.DictReader(file)}
 
+def best_rate(losses, scheme):
+    """Of the lowest loss on seed 1, at the first h."""
+    return min(RATES, key=lambda rate: losses[scheme, SIZES[scheme][0], rate, 1, 12, LENGTH])
+
 def best(losses, scheme):
     """(h, rate) of the lowest loss on seed 1."""
-    return min(product(SIZES[scheme], RATES), key=lambda pair: losses[scheme, *pair, 1, 12, LENGTH])
+    rate = best_rate(losses, scheme)
+    return min(SIZES[scheme], key=lambda h: losses[scheme, h, rate, 1, 12, LENGTH]), rate
 
 def stages():
     """Lists of runs; each list follows from the losses of those before it."""
-    yield [(scheme, h, rate, 1, 12, LENGTH) for scheme in SIZES for h, rate in product(SIZES[scheme], RATES)]
+    yield [(scheme, sizes[0], rate, 1, 12, LENGTH) for scheme, sizes in SIZES.items() for rate in RATES]
+    losses = found()
+    yield [(scheme, h, best_rate(losses, scheme), 1, 12, LENGTH) for scheme, sizes in SIZES.items() for h in sizes]
     losses = found()
     yield [(scheme, *best(losses, scheme), seed, 12, LENGTH) for seed, scheme in product(SEEDS, SIZES)]
     # twice as deep: the step size is halved, as h * layers is what leapfrog and midpoint integrate over, and the rate is tried at half, too
-    yield [(scheme, h and h * (0.5 if scheme not in ('standard',) else 1), rate * factor, seed, 24, LENGTH)
+    yield [(scheme, h if scheme == 'standard' else h and h / 2, rate * factor, seed, 24, LENGTH)
            for seed, scheme, factor in product((1, 2), SIZES, (1.0, 0.5)) for h, rate in [best(losses, scheme)]]
     rate = best(losses, 'leapfrog')[1]
     yield [('leapfrog', h, rate, 1, layers, LENGTH // 2) for layers, h in product((4, 8, 16, 32), (0.125, 0.25, 0.5, 1.0))]

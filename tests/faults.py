@@ -33,9 +33,11 @@ os.environ['OMP_NUM_THREADS'] = '1'         # set before torch is loaded
 
 import torch
 
+from data.download import publish_dataset
 from model import GPT, GPTConfig
 from pretrained import build, export, tokenizer
 from runtime import load_checkpoint, open_data, save_checkpoint
+from test_scripts import command
 
 TRIES = 30
 SHAPE = dict(dataset='tiny', block_size=16, batch_size=4, gradient_accumulation_steps=2, eval_windows=9, device='cpu', warmup_iters=1)
@@ -43,14 +45,10 @@ TRAIN = dict(SHAPE, n_layer=3, n_head=2, n_embd=16, dropout=0.1, max_iters=60, e
 RETROFIT = dict(SHAPE, teacher='teacher.pt', bits=1.5, spread_windows=2, max_iters=60, eval_interval=3, log_interval=1)
 chance = random.Random(0)
 
-def command(script, processes=1, **flags):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / script), *(f'--{name}={value}' for name, value in flags.items())]
-
 def run(arguments, **how):
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **how)
 
-def in_a_sentence(result):
+def says_why(result):
     """Whether a process said why it gave up, and showed no traceback."""
     return result.returncode not in (0, -signal.SIGKILL) and 'Traceback' not in result.stderr and bool(result.stderr.strip())
 
@@ -169,7 +167,7 @@ def full_disk(script, flags, where):
         more = dict(flags, max_iters=6) if script == 'train.py' else flags
         result = run(command(script, out_dir='crowded', **more, init_from='resume' if script == 'train.py' else 'teacher'),
                      preexec_fn=small_files(chance.randrange(size)))
-        good += in_a_sentence(result) and path.read_bytes() == before and not list(Path('crowded').rglob('*.pt.part'))
+        good += says_why(result) and path.read_bytes() == before and not list(Path('crowded').rglob('*.pt.part'))
     return TRIES // 3, good
 
 def full_disk_train():
@@ -182,28 +180,31 @@ def full_disk_prepare():
     good = 0
     for _ in range(TRIES // 3):
         result = run([sys.executable, 'data/python/prepare.py'], preexec_fn=small_files(chance.randrange(5_000_000)))
-        good += in_a_sentence(result)
+        good += says_why(result)
     return TRIES // 3, good
 
 # -----------------------------------------------------------------------------
 # damage
 
-def damage(path, use, sound):
+def damage(path, use, sound, flipped=None):
     """
-    Flips a bit, or cuts the file off, at random; use(), in a process of its own, must end in a sentence, or give what it gave
-    before.
+    Flips a bit among the first bytes of the file (None: among all, 0: among none), or cuts it off, at random. use(), in a process
+    of its own, must end in a sentence, or give what it gave before.
     """
     content, good = path.read_bytes(), 0
+    flipped = len(content) if flipped is None else flipped
     for k in range(10 * TRIES):
-        place = chance.randrange(len(content))
-        path.write_bytes(content[:place] if k % 5 == 0 else
-                         content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
+        if k % 5 == 0 or not flipped:
+            path.write_bytes(content[:chance.randrange(len(content))])
+        else:
+            place = chance.randrange(flipped)
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
         code, said = in_a_child(lambda: use() == sound or sys.exit('other numbers'))
         good += code == 0 or code == 1 and 'Traceback' not in said and 'other numbers' not in said
     path.write_bytes(content)
     return 10 * TRIES, good
 
-def in_a_child(work, memory=2 << 30, seconds=60):
+def in_a_child(work, seconds=60):
     """(exit status, what it wrote to stderr) of a forked process: it has torch already."""
     with tempfile.TemporaryFile('w+') as output:
         sys.stdout.flush()
@@ -231,13 +232,11 @@ def in_a_child(work, memory=2 << 30, seconds=60):
         output.seek(0)
         return status, output.read()
 
-def weights_of(model):
-    return [weight.double().sum().item() for weight in model.state_dict().values()]
-
 def damaged_checkpoint():
-    path = Path('sound.pt')
-    return damage(path, lambda: [weight.tolist() for weight in load_checkpoint(str(path))['model'].values()],
-                  [weight.tolist() for weight in load_checkpoint(str(path))['model'].values()])
+    def use():
+        return [weight.tolist() for weight in load_checkpoint('sound.pt')['model'].values()]
+
+    return damage(Path('sound.pt'), use, use())
 
 def damaged_data():
     def use():
@@ -248,20 +247,15 @@ def damaged_data():
     return tuple(map(sum, zip(*results)))
 
 def damaged_safetensors():
-    """The header; a flipped bit of the numbers is not noticed, since the format has no checksums, and is left out here."""
+    """Bits are flipped in the header alone: the format has no checksums, so that one among the numbers is not noticed."""
+    def use():
+        return [weight.tolist() for weight in build('folder')[0].state_dict().values()]
+
     path = Path('folder/model.safetensors')
-    content = path.read_bytes()
-    header, sound, good = struct.unpack('<Q', content[:8])[0], weights_of(build('folder')[0]), 0
-    for k in range(10 * TRIES):
-        place = chance.randrange(8 + header)
-        path.write_bytes(content[:chance.randrange(len(content))] if k % 5 == 0 else
-                         content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
-        code, said = in_a_child(lambda: weights_of(build('folder')[0]) == sound or sys.exit('other numbers'))
-        good += code == 0 or code == 1 and 'Traceback' not in said and 'other numbers' not in said
-    path.write_bytes(content)
-    return 10 * TRIES, good
+    return damage(path, use, use(), flipped=8 + struct.unpack('<Q', path.read_bytes()[:8])[0])
 
 def damaged_tokenizer():
+    """It is cut off alone: with another letter in a word it is another tokenizer, as good as the first."""
     try:
         import tokenizers
     except ImportError:
@@ -271,13 +265,11 @@ def damaged_tokenizer():
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(path))
-    content, good = path.read_bytes(), 0
-    for k in range(10 * TRIES):             # cut off: a flipped letter of a word makes another tokenizer, as good as the first
-        path.write_bytes(content[:chance.randrange(len(content) - 2)])
-        code, said = in_a_child(lambda: tokenizer(dict(encoding='tokenizer.json', model='folder'))[0]('to be'))
-        good += code == 1 and 'Traceback' not in said
-    path.write_bytes(content)
-    return 10 * TRIES, good
+
+    def use():
+        return tokenizer(dict(encoding='tokenizer.json', model='folder'))[0]('to be')
+
+    return damage(path, use, use(), flipped=0)
 
 # -----------------------------------------------------------------------------
 # what is typed
@@ -340,7 +332,7 @@ def hostile_files():
     for use in tries:
         code, said = in_a_child(use, seconds=20)
         good += code == 1 and 'Traceback' not in said
-    good += in_a_sentence(run([sys.executable, str(ROOT / 'train.py'), 'code.py']))
+    good += says_why(run([sys.executable, str(ROOT / 'train.py'), 'code.py']))
     return len(tries) + 1, good * (not Path('executed').exists())
 
 def two_runs_in_one_folder():
@@ -351,7 +343,7 @@ def two_runs_in_one_folder():
         second = run(command('train.py', out_dir='shared', **TRAIN))
         first.terminate()
         first.communicate()
-    return 1, int(in_a_sentence(second) and 'in use by another run' in second.stderr and first.returncode == 0)
+    return 1, int(says_why(second) and 'in use by another run' in second.stderr and first.returncode == 0)
 
 def a_process_of_two_dies():
     """The other ends within a minute; so does torchrun, and says so."""
@@ -424,7 +416,6 @@ ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, ki
 
 def workshop():
     """In the current folder: data, a model of each kind of file."""
-    from data.download import publish_dataset
     shutil.copytree(ROOT / 'data', 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.json', 'tasks', 'shards'))
     Path('data/tiny').mkdir()
     for split, n in (('train', 3000), ('val', 400)):

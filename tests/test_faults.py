@@ -6,13 +6,14 @@ python tests/faults.py makes many more of them.
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import faults
 from model import GPT, GPTConfig
-from runtime import open_data, training_batch
+from runtime import agree, open_data, training_batch
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='faults.py limits processes as Linux does')
 
@@ -43,22 +44,21 @@ def test_damage_that_nobody_notices_is_counted(workshop, monkeypatch):
     assert good < tried
 
 def test_a_token_beyond_the_vocabulary_is_a_sentence(workshop):
-    knobs = faults.SimpleNamespace(dataset='tiny', block_size=16, batch_size=4, seed=0)
+    knobs = SimpleNamespace(dataset='tiny', block_size=16, batch_size=4, seed=0)
     _, train, _ = open_data(knobs)
     assert training_batch(train, knobs, 0, 0, torch.device('cpu'))[0].max() > 40
     train.vocab_size = 40
     with pytest.raises(SystemExit, match='has a token .., and its meta.json says that there are 40: prepare it again'):
         training_batch(train, knobs, 0, 0, torch.device('cpu'))
 
-def test_gradients_that_stay_infinite_in_float16_end_the_run(monkeypatch):
-    import runtime
+def test_gradients_that_stay_infinite_in_float16_end_the_run():
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
-    here = faults.SimpleNamespace(scaler=torch.amp.GradScaler('cpu'), skipped=0)
+    here = SimpleNamespace(scaler=torch.amp.GradScaler('cpu'), skipped=0)
     one = torch.ones(())
     for _ in range(3):                      # a step that is made begins the count anew
         for step in range(49):
-            runtime.agree(step, one, one / 0, model, here)
-        runtime.agree(49, one, one, model, here)
+            agree(step, one, one / 0, model, here)
+        agree(49, one, one, model, here)
     with pytest.raises(SystemExit, match='the gradients of the last 50 steps were inf or NaN in float16'):
         for step in range(50):
-            runtime.agree(step, one, one / 0, model, here)
+            agree(step, one, one / 0, model, here)
