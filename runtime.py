@@ -444,7 +444,7 @@ def most_stored_layers(config, knobs, here):
         gigabytes = 0.9 * torch.cuda.get_device_properties(here.device).total_memory / 1e9
     if not gigabytes > 0:
         fail(f'memory_gb = {gigabytes} must be above 0')
-    say("stored_layers = 'auto': memory is counted for several numbers of layers, within a minute or so")
+    say("stored_layers = 'auto': memory is counted for several numbers of layers, within a minute or two")
 
     with torch.device('meta'):                  # DistributedDataParallel keeps a second copy of the gradients
         copies = 4 * count_parameters(GPT(config)) * (world > 1)
