@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from data.text.prepare import prepare as prepare_text
 import model as model_py
 from model import GPT, GPTConfig
-from runtime import load_checkpoint
+from runtime import compile_parts, load_checkpoint
 from test_reversible import L, check_exact
+from test_model import compiler
 from test_scripts import ROOT, command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
 
 retrofit = knobs_of('retrofit.py', whole=True)      # its functions; nothing of it has run
@@ -49,6 +50,19 @@ def test_chunked_divergence_equals_the_plain_one(t, data_weight):
     assert abs(plain - chunked) <= 1e-5 * plain
     for name in want:
         assert (want[name] - got[name]).norm() <= 1e-5 * want[name].norm(), name
+
+@compiler
+def test_the_divergence_too_is_compiled_into_one_graph_for_all_chunks():
+    (teacher, plain), (_, student), x = pair(), pair(), torch.randint(65, (3, 16))
+    compile_parts(student)
+    graphs = torch._dynamo.utils.counters['stats']
+    before = graphs['unique_graphs']
+    state, criterion, hidden = plain.last_state(x).detach(), retrofit.distillation(teacher, 2.0, 0.3), teacher.hidden(x)
+    for model in (plain, student):
+        model.loss(state, x, criterion, hidden, chunk=8).backward()
+    assert graphs['unique_graphs'] == before + 1
+    for name in ('lm_head.weight', 'transformer.ln_f.weight'):
+        torch.testing.assert_close(student.get_parameter(name).grad, plain.get_parameter(name).grad)
 
 def test_divergence_in_bfloat16_survives_an_offset_of_the_logits():
     """GPT-2's logits lie far below 0, where steps of bfloat16 are coarser than what tuning has to see."""
