@@ -14,9 +14,9 @@ A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 
 With |a| = 2^-bits a layer remembers so many bits per element. --bits is a budget, the mean over the layers. How much the bits
 of each layer change the output is measured, and the bits go where they matter. At 0 bits |a| is 1, and nothing is remembered:
-only then does memory not grow with depth. There a moves to its end while the student is tuned to the teacher's distribution.
-On the way it remembers up to 8 bits. The report has the validation loss, in nats per token, of the teacher and of each student
-before and after. --max_iters=0 writes the student untuned.
+only then does memory not grow with depth. The budget falls to its end while the student is tuned to the teacher's
+distribution. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
+--max_iters=0 writes the student untuned.
 """
 import functools
 import math
@@ -54,7 +54,7 @@ class Knobs:
     spread: bool = True                     # the bits go where they matter; False: each layer has as many, |a| = 2^-bits
     spread_windows: int = 4                 # sequences of the training data on which it is measured where they matter
     sign: int = -1                          # of a
-    anneal_from: float = 0.25               # an |a| above this one is reached geometrically from here,
+    anneal_from: int | float = 2            # bits at first, if the student is to have fewer: they fall to its number
     anneal_part: float = 0.35               # in this part of the steps
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
@@ -82,14 +82,19 @@ class Knobs:
     dtype: str = 'auto'
     compile: bool = False
 
-def a_at(step, run, goal):
-    """a of every layer at a step: its goal, or on the way there, rounded to n / 256 so that it can be undone exactly."""
-    if goal is None:
+def a_at(step, run, table):
+    """
+    a of every layer at a step. On the way the budget of bits falls evenly, and with a table those layers lose theirs first
+    that need them least. Without one a is the same in all layers, rounded to n / 256, so that it can be undone exactly.
+    """
+    if run.conversion != 'midpoint_a':
         return None
-    way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made at the goal
+    way = run.anneal_part * (run.max_iters - 1)             # in steps; the last step of all is made with run.bits
     left = max(0.0, 1 - step / way) if way > 0 else 0.0
-    return [a if abs(a) <= run.anneal_from else
-            math.copysign(round(256 * abs(a) * (run.anneal_from / abs(a)) ** left) / 256, a) for a in goal]
+    bits = run.bits + left * max(0.0, run.anneal_from - run.bits)
+    if table:
+        return [run.sign / 2**k for k in assign(table, bits)]
+    return run.sign * round(256 / 2**bits) / 256
 
 def converted(config, conversion, a, stored_layers):
     """The config of a student, from that of its teacher."""
@@ -110,20 +115,6 @@ def bits_of(model):
     """Bits per element of the state, the mean over the layers."""
     return sum(coefficients.bits for coefficients in model.coefficients) / model.config.n_layer
 
-def goal_of(conversion, bits):
-    """a of every layer when a student is done; None if the conversion has no a."""
-    if conversion != 'midpoint_a':
-        return None
-    each = [bits] * teacher.config.n_layer
-    if bits and knobs.spread:
-        table = sensitivity()
-        each = assign(table, bits)
-        say(f'\nKL(teacher, student) in nats per token, where one layer has so few bits and all others have 8\n'
-            f'{"layer":>5}' + ''.join(f'{f"{k} bits":>10}' for k in CHOICES) + f'{"it gets":>10}')
-        for j, k in enumerate(each):
-            say(f'{j:>5}' + ''.join(f'{table[k][j]:10.5f}' for k in CHOICES) + f'{k:>10}')
-    return [knobs.sign / 2**k for k in each]
-
 @functools.cache
 def sensitivity():
     """
@@ -142,8 +133,13 @@ def sensitivity():
         return divergence(student, train_data, knobs.spread_windows)
 
     most = with_bits([8] * n_layer)
-    return {k: [most if k == 8 else with_bits([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
+    table = {k: [most if k == 8 else with_bits([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
         range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
+    say('\nKL(teacher, student) in nats per token, where one layer has so few bits and all others have 8\n'
+        f'{"layer":>5}' + ''.join(f'{f"{k} bits":>10}' for k in CHOICES))
+    for j in range(n_layer):
+        say(f'{j:>5}' + ''.join(f'{table[k][j]:10.5f}' for k in CHOICES))
+    return table
 
 def assign(table, budget):
     """Bits of every layer, budget of them on average at most: always those that buy the most per bit."""
@@ -197,8 +193,8 @@ def tune(name, conversion, bits, seed):
         step, before, after = (checkpoint[key] for key in ('step', 'before', 'after'))
     if all_reduce(step)[0] != step * world:
         fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
-    goal = checkpoint['goal'] if checkpoint else goal_of(conversion, bits)
-    a = a_at(step, run, goal)
+    table = checkpoint['table'] if checkpoint else sensitivity() if conversion == 'midpoint_a' and knobs.spread else None
+    a = a_at(step, run, table)
     student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
     student.load_state_dict(checkpoint['model'] if checkpoint else teacher.state_dict())
     zero = knobs.zero and world > 1
@@ -210,6 +206,8 @@ def tune(name, conversion, bits, seed):
     else:
         before, after = validation_loss(student, val_data, knobs, here), None
         say(f'{name}: validation loss {before:.4f} before tuning, with {bits_of(student):.3g} bits per element and layer')
+        if table:
+            say('its layers have ' + ' '.join(str(coefficients.bits) for coefficients in student.coefficients))
     checkpoint = None                       # free its memory
     if knobs.compile:
         compile_parts(student)
@@ -225,7 +223,7 @@ def tune(name, conversion, bits, seed):
         if main:
             save_checkpoint([last], dict(
                 model=student.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
-                config=asdict(student.config), meta=meta, goal=goal, before=before, after=after,
+                config=asdict(student.config), meta=meta, table=table, before=before, after=after,
                 retrofit={knob: value for knob, value in asdict(run).items() if knob not in MAY_CHANGE}))
 
     if not knobs.max_iters:
@@ -240,8 +238,8 @@ def tune(name, conversion, bits, seed):
         criterion = distillation(teacher, knobs.temperature, knobs.data_weight)
     x, y = training_batch(train_data, run, step, 0, here.device)                            # (B, T) each
     while step < knobs.max_iters:
-        if a != a_at(step, run, goal):      # between two steps, never between forward and backward
-            a = a_at(step, run, goal)
+        if a != a_at(step, run, table):     # between two steps, never between forward and backward
+            a = a_at(step, run, table)
             student.config = converted(teacher.config, conversion, a, knobs.stored_layers)
             student.coefficients = student.config.coefficients()
         lr = cosine(knobs, step)
@@ -307,9 +305,8 @@ for name, choices in (('init_from', ('teacher', 'resume')), ('sign', (1, -1)),
 bits = knobs.bits if isinstance(knobs.bits, list) else [knobs.bits]
 if not bits or any(type(k) not in (int, float) or not 0 <= k <= 8 or k not in CHOICES and not knobs.spread for k in bits):
     fail(f'bits = {knobs.bits}: give a number from 0 to 8, or a list of them' + ', of 0, 1, 2, 4 and 8' * (not knobs.spread))
-if not 1 / 256 <= knobs.anneal_from <= 1 or not 0 <= knobs.anneal_part <= 1:
-    fail(f'anneal_from = {knobs.anneal_from} must lie between 1/256 and 1, and anneal_part = {knobs.anneal_part} '
-         'between 0 and 1')
+if not 0 <= knobs.anneal_from <= 8 or not 0 <= knobs.anneal_part <= 1:
+    fail(f'anneal_from = {knobs.anneal_from} must lie between 0 and 8, and anneal_part = {knobs.anneal_part} between 0 and 1')
 if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
     fail(f'temperature = {knobs.temperature} must be above 0, data_weight = {knobs.data_weight} between 0 and 1')
 meta, train_data, val_data = open_data(knobs)
@@ -358,8 +355,7 @@ teacher_loss = validation_loss(teacher, val_data, knobs, here)
 say(f'{knobs.teacher}: {count_parameters(teacher):,} parameters, validation loss {teacher_loss:.4f}')
 table = []
 for conversion, k in students:
-    title = {'midpoint_a': f'midpoint(a), a from {knobs.sign * knobs.anneal_from:g} to {knobs.sign}' if not k else
-             'midpoint(a), bits where they matter' if knobs.spread else f'midpoint(a), a = {knobs.sign / 2**k:g}',
+    title = {'midpoint_a': 'midpoint(a), bits where they matter' if knobs.spread else f'midpoint(a), a = {knobs.sign / 2**k:g}',
              'midpoint_sum': 'midpoint, f of two blocks', 'symplectic': 'symplectic'}[conversion]
     for seed in knobs.seeds or [knobs.seed]:
         name = f'{conversion}_{k}bit' + f'_{seed}' * bool(knobs.seeds)
@@ -379,5 +375,5 @@ say(f'\nvalidation loss in nats per token, {knobs.max_iters} steps of tuning\n'
 for title, k, before, after, kl in table:
     say(f'{title:42}{k:>6.3g}{before:10.4f}' + (f'{after:10.4f}{after - teacher_loss:+12.4f}' if after else ' ' * 22) + (f'{kl:10.4f}' if kl is not None else ''))
 say('bits: remembered per element of the state and layer, on average. With 0, and only then, memory does not grow with depth, '
-    'if no layer is stored.\nbefore: where a moves, with a where it starts.')
+    'if no layer is stored.\nbefore: with the bits of the first step.')
 leave()

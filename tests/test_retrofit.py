@@ -3,6 +3,7 @@ What must be true of retrofit.py:  python -m pytest tests/test_retrofit.py
 
 The gradients of its students, stored and rebuilt, bit for bit; its own criterion; and the script, as a user runs it.
 """
+import math
 import os
 import signal
 import subprocess
@@ -126,16 +127,23 @@ def test_peak_memory_does_not_grow_with_the_logits():
                                     env=dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')).stdout) for rows in (2, 5))
     assert many - few < 0.1 * 4 * (5 - 2) * 512 * 50304         # bytes of one tensor of the added tokens' logits
 
-def test_the_way_to_a():
-    knobs = SimpleNamespace(anneal_from=0.25, anneal_part=0.6, max_iters=101)
-    way = [retrofit.a_at(step, knobs, [1.0, -1.0, -0.5, 0.25, -1 / 16]) for step in range(101)]
-    one, minus_one, minus_half, *others = zip(*way)
-    assert one[0] == 0.25 and one == tuple(sorted(one)) and one[30] == pytest.approx(0.5, abs=1 / 256)
-    assert set(one[60:]) == {1.0} and all(a * 256 == round(a * 256) for a in one)
-    assert minus_one == tuple(-a for a in one) and (minus_half[0], minus_half[60]) == (-0.25, -0.5)
-    assert [set(a) for a in others] == [{0.25}, {-1 / 16}]              # no larger than where the way begins: at once
+def test_the_way_to_the_bits():
+    knobs = SimpleNamespace(conversion='midpoint_a', bits=0, sign=1, anneal_from=2, anneal_part=0.6, max_iters=101)
+    way = [retrofit.a_at(step, knobs, None) for step in range(101)]
+    assert way[0] == 0.25 and way == sorted(way) and way[30] == 0.5 and set(way[60:]) == {1.0} and way[59] < 1
+    assert all(a * 256 == round(a * 256) for a in way)
+    knobs.bits, knobs.sign = 4, -1                                      # more than where the way begins: at once
+    assert {retrofit.a_at(step, knobs, None) for step in range(101)} == {-1 / 16}
     knobs.max_iters = 0
-    assert retrofit.a_at(0, knobs, [1.0, -0.5]) == [1.0, -0.5]
+    assert retrofit.a_at(0, knobs, None) == -1 / 16
+
+def test_the_bits_fall_where_they_matter_least():
+    knobs = SimpleNamespace(conversion='midpoint_a', bits=0, sign=-1, anneal_from=2, anneal_part=0.6, max_iters=101)
+    table = {k: [weight / 4**k for weight in (1, 8, 64)] for k in retrofit.CHOICES}
+    way = [[-math.log2(-a) for a in retrofit.a_at(step, knobs, table)] for step in range(101)]
+    assert sum(way[0]) <= 6 < sum(way[0]) + 1 and way[60] == way[100] == [0, 0, 0] != way[49]
+    assert all(bits == sorted(bits) for bits in way) and [0, 0, 1] in way and [0, 1, 2] in way
+    assert all(sum(before) >= sum(after) for before, after in zip(way, way[1:]))
 
 def test_a_student_begins_at_its_teacher():
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32, scheme='standard')
@@ -188,7 +196,7 @@ def test_students_are_exact(shape, conversion, a):
     for dtype in (torch.float32, torch.bfloat16):
         check_exact(model_py, dict(shape, scheme=conversion, a=config.a, h=config.h), dtype, dropout=0.1, amplify=8)
 
-SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, max_iters=6, warmup_iters=1,
+SMALL = dict(spread_windows=3, dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, max_iters=6, warmup_iters=1,
              eval_interval=3, eval_windows=9, log_interval=1, device='cpu', learning_rate=1e-3)
 TEACHER = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=1, block_size=16, n_layer=3, n_head=2, n_embd=16,
                max_iters=4, warmup_iters=1, eval_windows=9, device='cpu', scheme='standard')
@@ -198,11 +206,11 @@ def workshop(place):                                                    # noqa: 
     """A place with a teacher, trained by retrofit.py on the spot, and two students of it."""
     (place / 'teacher.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in TEACHER.items()))
     output = run(place, 'retrofit.py', teacher='taught/best.pt', teacher_config='teacher.py', out_dir='students',
-                 bits='[0,1]', spread_windows=3, **SMALL)
+                 bits='[0,1]', **SMALL)
     assert 'training taught/best.pt with teacher.py' in output
     lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), '))]
     assert [line[-2] for line in lines[1:]] != lines[0][-1] and len(lines) == 3
-    assert output.count('it gets') == 1                                 # the bits of the second student
+    assert output.count('where one layer has so few bits') == 1 and output.count('its layers have') == 2
     return place
 
 def final(place, path):                                                 # noqa: F811
@@ -264,7 +272,7 @@ def test_a_budget_is_spread_and_train_goes_on(workshop):
     flags = dict(SMALL, teacher='taught/best.pt', out_dir='untuned', bits=1.5, max_iters=0)
     output = run(workshop, 'retrofit.py', **flags)
     checkpoint = final(workshop, 'untuned/midpoint_a_1.5bit/last.pt')
-    got = [int(line.split()[-1]) for line in output.split('it gets\n')[1].splitlines()[:3]]
+    got = [int(k) for k in output.split('its layers have ')[1].splitlines()[0].split()]
     assert checkpoint['config']['a'] == [-1 / 2**k for k in got] and 0 < sum(got) <= 4.5
     taught = final(workshop, 'taught/best.pt')['model']
     assert all(torch.equal(weight, taught[name]) for name, weight in checkpoint['model'].items())
@@ -281,7 +289,7 @@ def test_two_processes_retrofit_alike(workshop):
     (dict(conversion='magic'), "conversion = 'magic': choose one of midpoint_a"),
     (dict(bits=9), 'bits = 9: give a number from 0 to 8'), (dict(bits=-0.5), 'bits = -0.5: give a number from 0 to 8'),
     (dict(bits=1.5, spread=False), 'or a list of them, of 0, 1, 2, 4 and 8'),
-    (dict(spread_windows=0), 'spread_windows = 0 must be 1 or more'),
+    (dict(anneal_from=9), 'anneal_from = 9 must lie between 0 and 8'), (dict(spread_windows=0), 'spread_windows = 0 must be 1 or more'),
     (dict(teacher='none.pt'), 'there is no checkpoint none.pt'),
     (dict(teacher='students/midpoint_a_0bit/last.pt'), 'the teacher must be a standard model'),
     (dict(block_size=17), 'block_size = 17: taught/best.pt sees 16 tokens at most'),
