@@ -3,9 +3,7 @@ The figures in assets/, drawn from what is in results/ by one command:
 
     pip install matplotlib && python assets/figures.py
 
-results/NAME.json, written by bench.py, results/drift.py or results/stability.py, becomes assets/NAME.png; largest batches and
-contexts are tables in RESULTS.md. results/loss/SCHEME_h_SEED.csv, the log.csv
-of runs of config/compare.py, become assets/loss.png.
+FIGURES lists them, each with its file in results/; files of GPU runs are drawn too, once they are there.
 """
 import csv
 import glob
@@ -22,69 +20,81 @@ except ImportError:
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-plt.rcParams.update({'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
+plt.rcParams.update({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
                      'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
-COLORS = dict(standard='black', checkpointed='gray', midpoint='tab:blue', leapfrog='tab:green', symplectic='tab:orange',
-              midpoint_a='tab:purple', midpoint_sum='tab:red', revlib='tab:brown')
+# the palette of Okabe and Ito, which colour-blind people can tell apart
+COLORS = dict(standard='#000000', checkpointed='#999999', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
+              midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9')
+NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream', 'leapfrog': 'reversible'}
 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
 
-def style(case):
-    return dict(color=color(case), linestyle={'half': '--', 'all': ':', 'float': '-.'}.get(case.split('/')[-1], '-'))
+def label(axes, text, place, case, **how):
+    """Text in the colour of its line, beside its end."""
+    axes.annotate(text, place, xytext=(5, 0), textcoords='offset points', va='center', color=color(case), annotation_clip=False, **how)
 
 def depth(rows, axes):
     last = rows[0]['layers'][-1]
-    top = 1.05 * max(row[f'{last} layers'] for row in rows if row['case'] != 'standard') / 1e3      # which leaves the picture
+    top = 1.05 * max(row[f'{last} layers'] for row in rows if row['case'] != 'standard') / 1e3      # standard leaves the picture
     for row, line in zip(rows, ('-', '-', '--', ':', '-')):
         peaks = [row[f'{n} layers'] / 1e3 for n in row['layers']]
-        axes.plot(row['layers'], peaks, line, color=color(row['case']))
-        if peaks[-1] > top:
-            axes.annotate(row['case'], (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), top), xytext=(4, -9),
-                          textcoords='offset points', color=color(row['case']))
-        else:
-            axes.annotate(row['case'], (last, peaks[-1]), xytext=(4, 0), textcoords='offset points', va='center',
-                          color=color(row['case']), annotation_clip=False)
-    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.35 * last), ylim=(0, top))
+        axes.plot(row['layers'], peaks, line, color=color(row['case']), linewidth=2)
+        end = (last, peaks[-1]) if peaks[-1] <= top else (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top)
+        label(axes, NAMES.get(row['case'], row['case']), end, row['case'])
+    axes.set(xlabel='layers', ylabel='GB of activations, 64 sequences', xlim=(0, 1.5 * last), ylim=(0, top))
 
 def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
-        for row in [row for row in rows if row['layers'] == n]:
+        for row, height in zip([row for row in rows if row['layers'] == n], (0.9, 0.75, 0.6)):
             places = [i / len(row['highest']) for i in range(len(row['highest']))]
-            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), alpha=0.8, linewidth=0,
-                              label=f"{row['case']}: {row['peak MB'] / 1e3:.1f} GB")
-        axis.set(title=f'{n} layers', xlabel='one step: forward, then backward', xticks=[])
-        axis.legend()
-    axes[0].set_ylabel('GB above weights and AdamW')
+            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), alpha=0.85, linewidth=0)
+            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: {row['peak MB'] / 1e3:.1f} GB", ha='right', color=color(row['case']),
+                      weight='bold', transform=axis.transAxes)
+        axis.set(title=f'{n} layers', xlabel='one step: forward, then backward', xticks=[], ylim=0)
+    axes[0].set_ylabel('GB above weights and moments')
+
+def batch(rows, axes):
+    rows = [row for row in rows if row['GB'] == 24]
+    bars = [(NAMES.get(row['case'], row['case']), row['batch'], color(row['case'])) for row in rows if row['case'] not in ('midpoint', 'symplectic')]
+    bars += [(f"the paper's {row['case']}", row["the paper's"], color(row['case'])) for row in rows if row["the paper's"]]
+    names, sizes, colors = zip(*bars)
+    axes.barh(names, sizes, color=colors)
+    for i, size in enumerate(sizes):
+        axes.text(size, i, f' {size:,}', va='center')
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.set(xlabel='largest batch in 24 GB: sequences of 1024 tokens', xlim=(0, 1.15 * max(sizes)))
 
 def frontier(rows, axes):
     for name in dict.fromkeys(row['case'] for row in rows):
         points = [(row['work'], row['MB per sequence']) for row in rows if row['case'] == name]
-        label = {'standard': 'standard, the rest checkpointed'}.get(name, name)
-        axes.plot(*zip(*points), marker='o', color=color(name), label=label)
-    axes.set(xlabel='work of a step, standard = 1', ylabel='MB per sequence', ylim=0, title=f"{rows[0]['layers']} layers")
-    axes.legend()
+        axes.plot(*zip(*points), marker='o', color=color(name))
+        axes.annotate({'standard': 'standard, checkpointed'}.get(name, NAMES.get(name, name)), max(points), textcoords='offset points',
+                      color=color(name), **(dict(xytext=(-6, -14), ha='right') if name == 'standard' else dict(xytext=(4, 6))))
+    axes.annotate('all layers stored', (1, points[-1][1]), xytext=(8, 4), textcoords='offset points')
+    axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(None, 1.3))
 
 def throughput(rows, axes):
-    rows = [row for row in rows if row['tokens/s']]
-    names = [f"{row['case']}, {row['stored layers']} stored, batch {row['batch']}"
-             + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows]
-    axes.barh(names, [row['tokens/s'] for row in rows], color=[color(row['case']) for row in rows], xerr=[
-        [row['tokens/s'] - row['lowest'] for row in rows], [row['highest'] - row['tokens/s'] for row in rows]])
+    rows = [row for row in rows if row['tokens/s'] and row['case'] in CASES]
+    axes.barh([CASES[row['case']] + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows], [row['tokens/s'] for row in rows],
+              color=[color(row['case']) for row in rows], xerr=[[row['tokens/s'] - row['lowest'] for row in rows],
+                                                                [row['highest'] - row['tokens/s'] for row in rows]])
     axes.invert_yaxis()
+    axes.grid(False)
     axes.set(xlabel='tokens/s: median, lowest and highest turn')
 
+CASES = {'standard': 'standard', 'checkpointed': 'checkpointed', 'midpoint': 'midpoint', 'leapfrog': 'leapfrog', 'leapfrog/half': 'leapfrog, half stored',
+         'leapfrog/all': 'leapfrog, all stored', 'symplectic': 'symplectic', 'midpoint_a': 'midpoint_a', 'midpoint_sum': 'midpoint_sum'}
+
 def drift(rows, axes):
-    exact = max((max(row['worst state'], row['worst gradient']) for row in rows if row['states'] == 'exact'), default=None)
-    for axis, (what, key) in zip(axes, (('state', 'state_errors'), ('gradient', 'gradient_errors'))):
-        for row in rows:
-            if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x1', 'x8', 'trained'):
-                errors = [max(error, 1e-12) for error in row[key]]
-                axis.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
-                          linestyle={'x1': ':', 'x8': '--', 'trained': '-'}[row['weights']], label=f"{row['case']}, {row['weights']}")
-        axis.set(xlabel='depth, 0: the embedding', ylabel=f'relative error of the {what}', yscale='log',
-                 title=f'{what}s, float states in bfloat16' + (f' (exact states: {exact:g})' if exact is not None else ''))
-    axes[1].legend(fontsize=7, ncols=2)
+    for row in rows:
+        if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x8', 'trained') and row['case'] != 'midpoint_a':
+            errors = row['gradient_errors']
+            axes.plot([j / len(errors) for j in range(len(errors))], [max(error, 1e-12) for error in errors], color=color(row['case']),
+                      linestyle='-' if row['weights'] == 'trained' else '--', label=f"{row['case']}, {row['weights']}")
+    axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
+    axes.legend()
 
 def stability(rows, axes):
     for axis, row in zip(axes, [row for row in rows if 'z' in row]):
@@ -93,7 +103,7 @@ def stability(rows, axes):
                 axis.plot(row['z'], row[direction], line, color=color(row['case']),
                           label='forward' if direction == 'up' else 'backward')
         axis.set(title=row['case'], xlabel={'leapfrog': 'h²λ', 'symplectic': 'λ₁λ₂'}.get(row['case'], 'hλ') + f", {row['z is']}",
-                 ylabel='growth a layer', ylim=(0, 4))
+                 ylabel='growth per layer', ylim=(0, 4))
         axis.legend(fontsize=7)
     for axis, direction in zip(axes[6:], ('up', 'down')):
         for row in rows:
@@ -127,13 +137,31 @@ def loss(paths, axes):
     axes[1].invert_yaxis()
     axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
 
-SIZES = dict(depth=(1, 1, 7, 4), curve=(1, 2, 10, 4), frontier=(1, 1, 6, 4), throughput=(1, 1, 8, 5), drift=(1, 2, 11, 4.5),
-             stability=(2, 4, 13, 6), loss=(1, 2, 11, 4.5))
+def states(_, axes):
+    """The walk of two states: up, each step from the last two; down, the same by the line solved for p_prev."""
+    for k in range(6):
+        for y, direction in ((1, 1), (0, -1)):
+            alive = k >= 4 if direction > 0 else k <= 1
+            axes.text(k, y, f'$p_{k}$', ha='center', va='center', size=14, color='white' if alive else 'black', bbox=dict(
+                boxstyle='circle', facecolor=COLORS['leapfrog'] if alive else 'white', edgecolor=COLORS['leapfrog'], linewidth=2))
+        if k < 5:
+            for y, (start, end) in ((1, (k, k + 1)), (0, (k + 1, k))):
+                axes.annotate('', (end + 0.2 * (start - end), y), (start + 0.2 * (end - start), y), arrowprops=dict(arrowstyle='->', linewidth=1.5))
+                axes.text(k + 0.5, y + 0.13, f'$f_{k + 1}$', ha='center', size=11)
+    axes.text(-0.25, 0.5, '$p_{-1} = p_0$: the embedding', va='center')
+    axes.text(5.5, 1, 'forward: only the last\ntwo states are kept', va='center')
+    axes.text(5.5, 0, 'backward: each state is\nrebuilt from the two above it,\nand its gradient is taken', va='center')
+    axes.set(xlim=(-0.6, 8), ylim=(-0.5, 1.5))
+    axes.axis('off')
 
-def draw(kind, found, name):
-    lines, columns, width, height = SIZES[kind]
+FIGURES = {         # name: (file in results/, lines, columns, width, height)
+    'curve': ('curve_gpt2_counted', 1, 2, 10, 4), 'depth': ('depth_gpt2_counted', 1, 1, 8, 4), 'batch': ('batch_gpt2_counted', 1, 1, 8, 3.5),
+    'frontier': ('frontier_gpt2_counted', 1, 1, 7, 4), 'throughput': ('throughput_cpu', 1, 1, 8, 4), 'drift': ('drift_cpu', 1, 1, 7, 4),
+    'stability': ('stability', 2, 4, 14, 7)}
+
+def draw(name, found, lines=1, columns=1, width=7, height=4):
     figure, axes = plt.subplots(lines, columns, figsize=(width, height))
-    globals()[kind](found, axes.flat if lines * columns > 1 else axes)
+    globals()[name.removesuffix('_gpu')](found, axes.flat if lines * columns > 1 else axes)
     os.makedirs('assets', exist_ok=True)
     figure.savefig(f'assets/{name}.png', dpi=110, metadata={'Software': None})
     plt.close(figure)
@@ -141,12 +169,11 @@ def draw(kind, found, name):
 
 if not os.path.isdir('results'):
     sys.exit('there is no folder results here: run it from the root of the repository')
-for path in sorted(glob.glob('results/*.json')):
-    with open(path) as file:
-        result = json.load(file)
-    words = result['command'].split()
-    kind = words[2] if words[1] == 'bench.py' else os.path.basename(words[1]).removesuffix('.py')
-    if kind in SIZES and result['rows']:
-        draw(kind, result['rows'], os.path.basename(path).removesuffix('.json'))
+draw('states', None, width=9, height=3)
+for figure, (file, *size) in FIGURES.items():
+    for name, path in ((figure, f'results/{file}.json'), (f'{figure}_gpu', f'results/{figure}_gpu.json')):
+        if os.path.exists(path):
+            with open(path) as content:
+                draw(name, json.load(content)['rows'], *size)
 if logs := sorted(glob.glob('results/loss/*.csv')):
-    draw('loss', logs, 'loss')
+    draw('loss', logs, 1, 2, 11, 4.5)

@@ -7,6 +7,7 @@ and a file that keeps what was found before an interruption. Nothing here depend
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -237,6 +238,24 @@ def test_stability_finds_the_intervals_of_the_theory(place, whole):
 def test_figures_are_drawn_from_the_files(tmp_path):
     shutil.copytree(os.path.join(ROOT, 'results'), tmp_path / 'results')
     output = run(tmp_path, 'assets/figures.py')
-    names = {os.path.splitext(name)[0] for name in os.listdir(tmp_path / 'results')
-             if name.endswith('.json') and not name.startswith(('batch', 'length', 'check', 'peers', 'sharded', 'time'))}
-    assert names and all(f'assets/{name}.png' in output and (tmp_path / 'assets' / f'{name}.png').exists() for name in {*names, 'loss'})
+    named = set()
+    for page in ('README.md', 'RESULTS.md'):
+        with open(os.path.join(ROOT, page)) as file:
+            named |= set(re.findall(r'\(assets/(\w+)\.png\)', file.read()))
+    assert {'curve', 'states'} <= named == {name for name in named if f'assets/{name}.png' in output and (tmp_path / 'assets' / f'{name}.png').exists()}
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='there is no bash')
+def test_the_open_rows_of_a_gpu_are_commands_that_exist(tmp_path):
+    """results/gpu.sh, with a python that only writes down what it is called with."""
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / 'python').chmod(0o755)
+    lines = subprocess.run(['bash', os.path.join(ROOT, 'results', 'gpu.sh')], cwd=tmp_path, capture_output=True, text=True, check=True,
+                           env=dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")).stdout.splitlines()
+    assert len(lines) > 10 and lines[-1] == 'assets/figures.py'
+    assert len({line.split('--json=')[1] for line in lines[:-1]}) == len(lines) - 1
+    for line in lines[:-1]:
+        script, *arguments = line.split()
+        with open(os.path.join(ROOT, script)) as file:
+            source = file.read()
+        for name in [argument[2:].split('=')[0] for argument in arguments if argument.startswith('--')]:
+            assert re.search(rf'^    {name}:', source, re.M), line
