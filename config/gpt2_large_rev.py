@@ -12,7 +12,7 @@ batch_size = 30
 gradient_accumulation_steps = 16
 block_size = 1024
 
-scheme = 'leapfrog'     # with h: the winner of the comparison in RESULTS.md
+scheme = 'leapfrog'     # with h: a default of the comparison in RESULTS.md, see there
 h = 0.25
 n_layer = 36
 n_head = 20
