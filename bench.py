@@ -5,7 +5,7 @@ tokens, that stores its activations, or checkpoints them (every block is evaluat
     python bench.py depth --shape=gpt2              # memory against the number of layers
     python bench.py batch --shape=gpt2 --budget_gb=[24,80]          # the largest batch under a budget of memory
     python bench.py length --shape=gpt2 --budget_gb=24              # the longest context, at a batch of one
-    python bench.py frontier --shape=gpt2           # memory against work, for every number of stored layers
+    python bench.py frontier --shape=gpt2           # memory against work, for seven numbers of stored layers
     python bench.py curve --shape=gpt2              # memory over time, within one step
     python bench.py check --shape=gpt2              # counted memory beside what a fresh process takes
     python bench.py throughput                      # tokens/s at equal batch; with --budget_gb at the largest of each
@@ -45,7 +45,7 @@ from runtime import (adamw, all_reduce, compile_parts, count_two_steps, fail, le
 @dataclass
 class Knobs:
     cases: str = ''                 # those to run, such as standard,checkpointed,leapfrog/half; '': all that the mode has
-    shape: str = ''                 # one of SHAPES, in place of the next eight
+    shape: str = ''                 # one of SHAPES, in place of block_size to bias
     batch_size: int = 8             # sequences, on each GPU
     block_size: int = 256
     n_layer: int = 12

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 
 def configure(knobs, argv):
-    """An instance of the dataclass knobs with what argv sets; what is wrong in argv ends the program in a sentence."""
+    """An instance of the dataclass knobs with what argv sets; an error in argv ends the program in a sentence."""
     types, values = {field.name: field.type for field in fields(knobs)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):

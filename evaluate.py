@@ -109,7 +109,7 @@ def choices(context, answers, gold):
     return [(context, f' {answer}') for answer in answers], [len(answer.encode()) for answer in answers], gold
 
 def partial_choices(sentence, options, gold):
-    """WinoGrande: what is scored is the rest of the sentence, after each option in the place of the gap."""
+    """WinoGrande: each option fills the gap, and the rest of the sentence is scored."""
     before, after = sentence.split('_', 1)
     contexts = [before + option for option in options]
     return [(context, f' {after.strip()}') for context in contexts], [len(x.encode()) for x in contexts], gold

@@ -1,8 +1,8 @@
 """
 A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is in this file.
 
-GPT-2 adds to its state p what a block computes from it: p_next = p + f(p). From p_next alone p cannot be recovered,
-so backpropagation stores what every layer saw. Now let depth be time, and step with two states, both the embedding at
+In GPT-2 a block adds its output to the state p: p_next = p + f(p). From p_next alone p cannot be recovered,
+so backpropagation stores all activations. Now let depth be time, and step with two states, both the embedding at
 the start:
 
     p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
@@ -37,7 +37,7 @@ SCHEMES = {
     'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8, 2.9: two steps per layer, f is attention, then MLP
     'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, for trained nets: f is the sum of two blocks
 }
-DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # the best of RESULTS.md's comparison
+DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # see RESULTS.md's comparison
 
 class Coefficients(NamedTuple):
     """
@@ -69,10 +69,10 @@ class GPTConfig:
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper; or 'bdia'
-    stored_layers: int | None = None        # the last ones, which keep their graph; None: 0, and all of 'standard'
+    stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after each backward pass, compare the two rebuilt first states
-    slice_tokens: int = 8192                # f sees so many at a time, about: whole sequences. Its graph takes most memory
+    slice_tokens: int = 8192                # tokens per call of f, about, in whole sequences; its graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -84,7 +84,7 @@ class GPTConfig:
         if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
             sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
             a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
-            self.a = (a * 4).round().div(4).tolist()            # in quarters: two bits per element
+            self.a = (a * 4).round().div(4).tolist()            # in quarters: 0 to 2 bits per element
 
     def coefficients(self):
         """The Coefficients of every layer. BDIA (arXiv 2407.09093) draws a = 1/2 or -1/2 at every call, and has h = 1 + a."""
@@ -106,7 +106,7 @@ class GPTConfig:
 def rotate(x, theta, first):
     """
     Rotary positions (arXiv 2104.09864), x (B, nh, T, hs): at position t >= first, channels i and i + hs/2, paired as in
-    Llama's public weights, turn by the angle t * theta^(-2i / hs).
+    transformers' Llama, turn by the angle t * theta^(-2i / hs).
     """
     T, hs = x.shape[-2:]
     frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)                # (hs/2)
@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
-        # without a past every token sees those before it; with one there is one new token, and it sees all
+        # at first a token sees itself and earlier ones; later there is one new token, and it sees all
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=first == 0)
         y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, nh, T, hs) -> (B, T, C): heads side by side again
         return F.dropout(y, self.dropout, self.training)
@@ -185,7 +185,7 @@ class GPT(nn.Module):
         self.config = config
         self.coefficients = config.coefficients()
         self.recurrence, self.chunk_loss = (advance, rebuild), chunk_loss       # runtime.py's compile_parts() replaces them
-        self.mismatches = 0                                     # elements rebuilt wrong, in all backward passes until now
+        self.mismatches = 0                                     # counted by verify(); agree() of runtime.py resets it
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
@@ -239,8 +239,8 @@ class GPT(nn.Module):
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # States and their gradients are on the tape. Autograd sees a chain of handles, which are x and then numbers that
-        # mean nothing: they make it call backward() once per step, the last one first.
+        # States and their gradients are on the tape. Autograd sees a chain of handles: x, then zeros without
+        # meaning. They make it call backward() once per step, the last step first.
         tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():
@@ -256,7 +256,7 @@ class GPT(nn.Module):
                 yield j, block.attention, (block.ln_1, block.attn)
                 yield j, block.feedforward, (block.ln_2, block.mlp)
             elif self.config.scheme == 'midpoint_sum' and before:
-                # p_next - p_prev is what two blocks add
+                # p_next - p_prev: the sum of two blocks
                 yield j, lambda x, cache=None, f=before, g=block: f(x, cache) + g(x, cache), (before, block)
             else:
                 yield j, block, (block,)
@@ -290,12 +290,12 @@ class ReversibleStep(torch.autograd.Function):
     """
     One step of the recurrence: handle = ReversibleStep.apply(handle, tape, f, coefficients, store_graph, *weights of f).
 
-    The tape has two states, and in the backward pass their gradients g = dL/dp too. With J = df/dp, a step adds
+    The tape has two states, and in the backward pass their gradients g = dL/dp. With J = df/dp, a step computes
 
-        g_prev += a * g_next
+        g_prev  = a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    (+=, since a state is p of one step and p_prev of the next). The weights are arguments so that their gradients leave
+    (+=: p is p_prev in the step above, which has run before). The weights are arguments so that their gradients leave
     step by step, even where the embedding is frozen: DistributedDataParallel sends them while others are computed.
     """
 
@@ -372,14 +372,14 @@ def evaluate(ctx, p):
         return x, ctx.f(x, ctx.tape.cache)
 
 def n_slices(B, T, slice_tokens):
-    """Of a batch: equally large ones if up to twice as many will do, since torch.compile makes a graph for every size."""
+    """Slices per batch: equal ones if up to twice as many will do, since torch.compile makes a graph per size."""
     least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
 class Tape:
     """
     The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
-    down again. Sequences do not see each other in f, so a step takes the batch in slices, with the graph of f for one.
+    down again. f treats each sequence alone, so a step takes the batch in slices, and has the graph of f for one.
     """
     def __init__(self, model, x, cache):
         self.model, self.cache = model, cache
@@ -396,7 +396,7 @@ class Tape:
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
     def autocast(self, training):
-        """As it is now, for backward, which runs outside of it. Its cache would keep every layer's cast weights."""
+        """Its settings now: backward runs outside autocast. Its cache would keep every layer's cast weights."""
         return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not training,
                     enabled=torch.is_autocast_enabled(self.kind))
 
@@ -423,7 +423,7 @@ class Tape:
 
     def bound(self):
         """
-        Of all states and of n * p_prev + m * p. As a + b = 1, a step of differences d = p_next - p is d_next = -a * d + c * f(p).
+        Bounds all states and n * p_prev + m * p. As a + b = 1, a step of differences d = p_next - p is d_next = -a * d + c * f(p).
         So in any state |f(p)| counts at most c * s times, where s = 1 + |a of the next step| * (s of the next step).
         """
         (_, bound), *norms = self.norms

@@ -341,7 +341,7 @@ def export(source, target):
     config = GPTConfig(**config)
     if config.scheme != 'standard' and config.a != 'bdia':
         raise ValueError(f'{source} is of scheme {config.scheme}, which no other program computes: sample, evaluate and train it here. '
-                         "What is trained with --a=bdia is a standard model in the end, and can be written")
+                         "A model trained with --a=bdia is a standard one, and can be written")
     gpt2 = config.norm == 'layernorm' and config.mlp == 'gelu' and config.rope_theta is None and config.n_kv_head == config.n_head
     llama = config.norm == 'rmsnorm' and config.mlp == 'swiglu' and config.rope_theta is not None and not config.bias
     nano = gpt2 and config.tied and config.n_inner == 4 * config.n_embd and config.norm_eps == 1e-5
@@ -478,7 +478,7 @@ def same_tokens(name, one, other_name, other):
                              'encode the data with the tokenizer of the model')
 
 def turn_weights(model):
-    """For sampling on a CPU: matrices of more rows than columns column by column in memory, faster to multiply a token with."""
+    """For sampling on a CPU: stores tall matrices by columns, which multiplies a token faster."""
     for weight in model.parameters():
         if weight.dim() == 2 and weight.size(0) > weight.size(1):
             weight.data = weight.data.t().contiguous().t()

@@ -1,5 +1,5 @@
 """
-Turns a trained standard model into a reversible one, and tunes it until its outputs are the old ones again.
+Turns a trained standard model into a reversible one, and tunes it towards its old outputs.
 
     python retrofit.py config/retrofit_python.py                        # a demonstration, minutes on a CPU
     python retrofit.py config/retrofit_gpt2.py                          # GPT-2, on a GPU
@@ -14,8 +14,8 @@ A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 
 With |a| = 2^-bits a layer remembers so many bits per element. --bits is a budget, the mean over the layers. How much the bits
 of each layer change the output is measured, and the bits go where they matter. At 0 bits |a| is 1, and nothing is remembered:
-only then does memory not grow with depth. The budget falls to its end while the student is tuned to the teacher's
-distribution. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
+only then does memory not grow with depth. With --anneal_part the budget falls to its end while the student is tuned
+to the teacher's distribution. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
 --max_iters=0 writes the student untuned.
 """
 import functools
@@ -51,15 +51,15 @@ class Knobs:
     conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's estimate of p_prev, twice
                                             # the work; 'all': the full table, also of what is not tuned
     bits: int | float | list = 0            # midpoint_a: bits per element, the mean over the layers; a list: one student each
-    spread: bool = True                     # the bits go where they matter; False: each layer has as many, |a| = 2^-bits
-    spread_windows: int = 4                 # sequences of the training data on which it is measured where they matter
+    spread: bool = True                     # the bits go where they matter; False: all layers have the same, |a| = 2^-bits
+    spread_windows: int = 4                 # training sequences on which the need for bits is measured
     sign: int = -1                          # of a
     anneal_from: int | float = 2            # bits at first, if the student is to have fewer: they fall to its number
     anneal_part: float = 0.35               # in this part of the steps
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
     batch_size: int = 8                     # sequences in a micro-batch
-    gradient_accumulation_steps: int = 8    # micro-batches a step, over all processes together
+    gradient_accumulation_steps: int = 8    # micro-batches per step, over all processes together
     block_size: int = 1024                  # tokens in a sequence
     temperature: float = 1.0                # of both distributions
     data_weight: float = 0.0                # of the text's own cross entropy; the rest is for the teacher
@@ -142,7 +142,7 @@ def sensitivity():
     return table
 
 def assign(table, budget):
-    """Bits of every layer, budget of them on average at most: always those that buy the most per bit."""
+    """Bits per layer, at most budget on average: greedy, the largest gain per bit first."""
     layers = range(len(table[0]))
     bits = [0] * len(layers)
     while True:
@@ -155,7 +155,7 @@ def assign(table, budget):
 
 def distillation(teacher, t, data_weight):
     """
-    A criterion for GPT.loss(): the divergence KL(teacher, student), in nats a token, both at temperature t and scaled by
+    A criterion for GPT.loss(): the divergence KL(teacher, student), in nats per token, both at temperature t and scaled by
     t^2 as in Hinton et al. (arXiv 1503.02531), mixed with the text's own cross entropy. It takes what teacher.hidden()
     gave as its third argument: the teacher's logits too exist one chunk at a time.
     """

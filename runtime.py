@@ -2,7 +2,7 @@
 What the scripts share around their loops: processes, device and dtype, data, AdamW and its schedule, checkpoint files,
 validation, the log, tables.
 
-The names are those of their knobs. Every process runs the same lines; those that print or write do so in one of them.
+Knobs keep their names here. Every process runs the same lines; only the first prints and writes.
 """
 import csv
 import gc
@@ -51,7 +51,7 @@ def fail(sentence):
     sys.exit(sentence if local_rank == 0 else 1)        # once on every machine: one alone may be at fault
 
 def start(knobs):
-    """Joins the processes; device, autocast and gradient scaler, after a look at the knobs' ranges."""
+    """Checks the knobs and joins the processes; returns device, autocast and gradient scaler."""
     knob = vars(knobs).get                  # not every script has all of these
     for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'eval_windows', 'log_interval',
                  'vocab_size', 'lr_decay_iters', 'spread_windows'):
@@ -212,7 +212,7 @@ def agree(step, loss, norm, model, here):
     """
     (the loss, averaged over all processes; the norm of the gradient; whether a process was asked to stop), the same in every
     process. Ends the program if the first two are not finite, or if the backward pass has rebuilt other states than the
-    forward pass had. Either way the weights have just given a finite loss, and this step has not changed them.
+    forward pass had. When it returns, the weights have given a finite loss, and this step has not changed them.
     """
     zero = torch.zeros_like(loss)
     numbers = torch.stack([loss, norm, zero + model.mismatches, zero + len(signals)]) / world
@@ -267,7 +267,7 @@ def save_checkpoint(paths, checkpoint):
         fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is as it was')
 
 def load_checkpoint(path):
-    """The dict of save_checkpoint. ValueError if there is no such file, or if not all of it is as it was written."""
+    """The dict of save_checkpoint. ValueError if the file is missing or damaged."""
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}')
     try:                                    # what damage raises depends on the byte; torch.load reads no checksums
@@ -446,7 +446,7 @@ def most_stored_layers(config, knobs, here):
         fail(f'memory_gb = {gigabytes} must be above 0')
     say("stored_layers = 'auto': memory is counted for several numbers of layers, within a minute or two")
 
-    with torch.device('meta'):                  # DistributedDataParallel keeps a second copy of the gradients
+    with torch.device('meta'):                  # DistributedDataParallel keeps its buckets of gradients all the time: at most one copy more
         copies = 4 * count_parameters(GPT(config)) * (world > 1)
 
     @cache
@@ -479,7 +479,7 @@ def most_stored_layers(config, knobs, here):
     return layers
 
 # -----------------------------------------------------------------------------
-# what bench.py and results/stability.py find
+# states and tables, for bench.py and results/
 
 @contextmanager
 def recorded_states(step):
@@ -505,7 +505,7 @@ def recorded_states(step):
         step.forward, step.backward = staticmethod(forward), staticmethod(backward)
 
 def provenance(here, knobs):
-    """What one must know to find the same again."""
+    """Command, commit, hardware and versions."""
     root = os.path.dirname(os.path.abspath(__file__))
 
     def git(*words):

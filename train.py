@@ -4,11 +4,12 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py                                # two CPU cores, some minutes
     python train.py config/gpt2_rev.py                                  # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --max_restarts=3 train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --max_restarts=3 \\
+        train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
-It writes log.csv, last.pt (at every evaluation, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
+It writes log.csv, last.pt (at every evaluation after step 0, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
 A run that goes on is the same bit for bit where kernels are deterministic: on a CPU. On a GPU the backward pass of attention
 adds up in another order each time, so that not even two runs from the same start are the same.
 What it trains on is a function of seed and step alone: neither the number of processes, nor how a step is cut into
@@ -36,11 +37,11 @@ class Knobs(GPTConfig):                     # all fields of GPTConfig in model.p
     stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
     memory_gb: float | None = None          # that 'auto' may use; None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
-    scheme: str | None = None               # None: leapfrog from scratch; of a model that is there already, its own
+    scheme: str | None = None               # None: leapfrog from scratch, midpoint_a with bits or a, else the model's
     bits: int | float | None = None         # makes a trained standard model reversible: midpoint_a with a = -1 / 2^bits
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
-                                            # anything GPT.from_pretrained takes: its model is then what is trained. A
+                                            # anything GPT.from_pretrained takes, which is then trained. A
                                             # standard one becomes reversible by bits, or by scheme with a or h
     seed: int = 1337
     # data
@@ -168,7 +169,7 @@ def save(*paths):
             model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
             best_val_loss=best_val_loss, config=asdict(raw_model.config), meta=meta, knobs=asdict(knobs)))
 
-# dense bf16 and fp16 operations a second, from the vendor's data sheets; of no other device is MFU known
+# dense bf16 and fp16 operations per second, from the vendor's data sheets; other devices get no MFU
 PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
               'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12,
               'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 NVL': 835e12, 'NVIDIA GH200 480GB': 989e12, 'NVIDIA B200': 2250e12,
@@ -220,7 +221,7 @@ while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
-    seed_step(knobs, step)                  # dropout depends on the step alone, so nothing of it need be saved
+    seed_step(knobs, step)                  # dropout depends on seed, step and rank alone: no state of it is saved
     loss = 0.0
     for micro in range(accumulation):
         if world > 1:                       # the gradients of all processes meet once, in the last micro-batch

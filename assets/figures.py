@@ -3,7 +3,7 @@ The figures in assets/, drawn from what is in results/ by one command:
 
     pip install matplotlib && python assets/figures.py
 
-FIGURES lists them, each with its file in results/; files of GPU runs are drawn too, once they are there.
+FIGURES lists all but states and loss, each with its file in results/; files of GPU runs are drawn too.
 """
 import csv
 import glob

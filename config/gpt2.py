@@ -4,7 +4,7 @@ GPT-2 small (124M) on OpenWebText with nanoGPT's hyperparameters: the standard b
     python data/openwebtext/prepare.py
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
-491,520 tokens a step = 12 sequences x 1024 tokens x 40 micro-batches (5 on each of 8 GPUs); 295B tokens in all.
+491,520 tokens per step = 12 sequences x 1024 tokens x 40 micro-batches (5 on each of 8 GPUs); 295B tokens in all.
 """
 out_dir = 'out_gpt2'
 dataset = 'openwebtext'

@@ -4,7 +4,7 @@ GPT-2 large (774M) on OpenWebText: the standard baseline of gpt2_large_rev.py.
     python data/openwebtext/prepare.py
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large.py
 
-491,520 tokens a step = 4 sequences x 1024 tokens x 120 micro-batches (15 on each of 8 GPUs); 295B tokens in all.
+491,520 tokens per step = 4 sequences x 1024 tokens x 120 micro-batches (15 on each of 8 GPUs); 295B tokens in all.
 nanoGPT has no hyperparameters for this size: the learning rate is GPT-3's for 760M (arXiv 2005.14165, table 2.1).
 """
 out_dir = 'out_gpt2_large'

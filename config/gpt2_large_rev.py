@@ -4,7 +4,7 @@ A reversible GPT-2 large (774M) on OpenWebText, with the hyperparameters of gpt2
     python data/openwebtext/prepare.py
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large_rev.py
 
-491,520 tokens a step = 30 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs); 295B tokens in all.
+491,520 tokens per step = 30 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs); 295B tokens in all.
 """
 out_dir = 'out_gpt2_large_rev'
 dataset = 'openwebtext'

@@ -4,7 +4,7 @@ A reversible GPT-2 small (124M) on OpenWebText, with the hyperparameters of gpt2
     python data/openwebtext/prepare.py
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py
 
-491,520 tokens a step = 60 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs); 295B tokens in all. The
+491,520 tokens per step = 60 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs); 295B tokens in all. The
 memory that activations no longer take goes into a micro-batch five times as large as that of gpt2.py.
 """
 out_dir = 'out_gpt2_rev'
@@ -27,5 +27,5 @@ weight_decay = 0.1
 eval_interval = 1000
 eval_windows = 2400
 compile = True
-slice_tokens = 32768    # 8192, the default, has too little work at this width for an H100 not to wait for its host
+slice_tokens = 32768    # 8192, the default, is probably too little work at this width: an H100 would wait for its host
 stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same bits

@@ -3,7 +3,7 @@ A standard GPT on the source code of Python's standard library: the teacher of c
 
     python data/python/prepare.py && python train.py config/python.py
 
-2048 tokens a step = 8 sequences x 256 bytes; 6.1M in all. 2.5M parameters.
+2048 tokens per step = 8 sequences x 256 bytes; 6.1M in all. 2.5M parameters.
 """
 out_dir = 'out_python_standard'
 dataset = 'python'

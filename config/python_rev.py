@@ -3,7 +3,7 @@ The quick start: a small reversible GPT on the source code of Python's standard 
 
     python data/python/prepare.py && python train.py config/python_rev.py
 
-1024 tokens a step = 8 sequences x 128 tokens; 1.8M in all, a sixth of the text. 0.8M parameters.
+1024 tokens per step = 8 sequences x 128 tokens; 1.8M in all, a sixth of the text. 0.8M parameters.
 """
 out_dir = 'out_python'
 dataset = 'python'

@@ -4,7 +4,7 @@ teacher of config/retrofit_python.py, which trains it if need be.
 
     python data/python/prepare.py && python train.py config/python_teacher.py
 
-2048 tokens a step = 16 sequences x 128 bytes; 2.9M in all. 1.6M parameters.
+2048 tokens per step = 16 sequences x 128 bytes; 2.9M in all. 1.6M parameters.
 """
 out_dir = 'out_python_teacher'
 dataset = 'python'

@@ -5,7 +5,7 @@ GPT-2 (124M) made reversible, with no bit remembered; --bits=1 remembers one, an
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py        # or python retrofit.py ...
     python sample.py --init_from=out_retrofit_gpt2/midpoint_a_0bit/last.pt
 
-131,072 tokens a step = 16 sequences x 1024 tokens x 8 micro-batches; 262M in all.
+131,072 tokens per step = 16 sequences x 1024 tokens x 8 micro-batches; 262M in all.
 """
 out_dir = 'out_retrofit_gpt2'
 teacher = 'gpt2'

@@ -4,7 +4,7 @@ remembered and with one bit. The teacher is trained on the spot if there is none
 
     python data/python/prepare.py && python retrofit.py config/retrofit_python.py
 
-2048 tokens a step = 16 sequences x 128 bytes.
+2048 tokens per step = 16 sequences x 128 bytes.
 """
 out_dir = 'out_retrofit_python'
 teacher = 'out_python_teacher/best.pt'

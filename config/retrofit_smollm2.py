@@ -6,12 +6,12 @@ SmolLM2-135M made reversible, with two bits per element, where they matter most:
     python retrofit.py config/retrofit_smollm2.py --bits=1.5
     python retrofit.py config/retrofit_smollm2.py --teacher=HuggingFaceTB/SmolLM2-360M  # with data encoded for it
 
-1024 tokens a step = 4 sequences x 256; 150,528 in all: 50 minutes on one core of a CPU, 8 GB.
+1024 tokens per step = 4 sequences x 256; 150,528 in all: 50 minutes on one core of a CPU, 8 GB.
 """
 out_dir = 'out_retrofit_smollm2'
 teacher = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 bits = 2
-anneal_part = 0.0       # so many bits at once: with 1 to 2 bits the student begins near enough to its teacher
+anneal_part = 0.0       # no annealing: with 1 to 2 bits the student begins near enough to its teacher
 
 dataset = 'text'
 batch_size = 4

@@ -4,7 +4,7 @@ tuning takes a quarter of the teacher's steps, each of as many tokens.
 
     python data/python/prepare.py && python retrofit.py config/retrofit_table.py
 
-2048 tokens a step = 8 sequences x 256 bytes; 1.5M in all. 2.5M parameters.
+2048 tokens per step = 8 sequences x 256 bytes; 1.5M in all. 2.5M parameters.
 """
 out_dir = 'out_retrofit_table'
 teacher = 'out_python_standard/best.pt'

@@ -5,7 +5,7 @@ A reversible GPT on the characters of Shakespeare, in the size and with the hype
     python train.py config/shakespeare_char_rev.py              # a GPU: add --compile=True; a CPU needs hours
     python sample.py --init_from=out_shakespeare_char/best.pt
 
-16,384 tokens a step = 64 sequences x 256 characters; 82M in all, 82 times the text, hence the dropout. 10.7M parameters.
+16,384 tokens per step = 64 sequences x 256 characters; 82M in all, 82 times the text, hence the dropout. 10.7M parameters.
 """
 out_dir = 'out_shakespeare_char'
 dataset = 'shakespeare_char'

@@ -74,7 +74,7 @@ def fetch_verified(url, path, part, size, sha256, token):
             print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
             time.sleep(pause)
         except OSError as error:
-            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again, it goes on from there')
+            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again: it goes on from there')
 
     sha256 = sha256 or published
     if sha256 and digest(part) != sha256:
@@ -83,7 +83,7 @@ def fetch_verified(url, path, part, size, sha256, token):
     publish(part, path)
 
 def fetch(url, part, size, token):
-    """one request for what part still lacks; part is whole when it returns the sha256 the server names"""
+    """one request for what part still lacks; then part is whole; returns the server's sha256, or None"""
     have = part.stat().st_size if part.exists() else 0
     headers = {'Accept-Encoding': 'identity'} # compressed, lengths and ranges would not be the file's
     if token:
@@ -151,7 +151,7 @@ def gpt2_encoding():
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
 
 def in_a_sentence(kind, error, traceback):
-    """the sys.excepthook of the prepare.py: a full disk is one sentence, every other error is shown as ever"""
+    """the sys.excepthook of the prepare.py: an OSError is one sentence; other errors are shown as ever"""
     if isinstance(error, OSError):
         print(f'{error}: is the disk full? make room and run the command again', file=sys.stderr)
     else:

@@ -5,11 +5,11 @@ When a scheme is stable, in both directions of depth.
     python results/stability.py --trained=out_a/best.pt,out_b/best.pt --json=FILE       # and perturbations in trained models
 
 For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, and what it does to (p_prev, p) is a matrix of
-two rows. Forward a perturbation grows by the largest |r| of its eigenvalues r a layer, backward by the largest 1 / |r|.
-Their product is -a, so both stay at 1 only where |a| = 1: where |a| < 1 it damps forward, and backward must amplify.
+two rows. Forward a perturbation grows by the largest |r| of its eigenvalues r per layer, backward by the largest 1 / |r|.
+The product of the r is -a, so both stay at 1 only where |a| = 1: where |a| < 1 it damps forward, and backward must amplify.
 
 In a trained model a small random perturbation of the embedding is followed up to the last state, and one of the last two
-states down to the embedding. Both are in float64 without rounding: how much worse errors get, whatever their source.
+states down to the embedding. Both are float64, not fixed point: how much worse errors get, whatever their source.
 """
 import os
 import sys

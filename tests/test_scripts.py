@@ -427,8 +427,9 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def knobs_of(script, whole=False):
     """Its dataclass, or all it defines, without running the script."""
-    spec = importlib.util.spec_from_file_location('knobs', os.path.join(ROOT, script))
-    module = sys.modules['knobs'] = importlib.util.module_from_spec(spec)
+    name = 'definitions_of_' + os.path.splitext(script)[0]          # torch.compile finds globals by the name of their module
+    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, script))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with open(os.path.join(ROOT, script)) as file:
         source = file.read()
     exec(compile(source[:source.index('knobs = configure')], script, 'exec'), module.__dict__)
