@@ -177,11 +177,12 @@ def tune(name, conversion, bits, seed):
     run = replace(knobs, conversion=conversion, bits=bits, seed=seed)
     folder = os.path.join(knobs.out_dir, name)
     last, step, checkpoint = os.path.join(folder, 'last.pt'), 0, None
-    if (knobs.init_from == 'resume' or restarted(last)) and os.path.exists(last):
-        try:
+    try:
+        if (knobs.init_from == 'resume' or restarted(last)) and os.path.exists(last):
             checkpoint = load_checkpoint(last)
-        except ValueError as error:
-            fail(str(error))
+    except ValueError as error:
+        fail(str(error))
+    if checkpoint:
         if 'retrofit' not in checkpoint:
             fail(f'{last} was not written by retrofit.py: choose another --out_dir')
         if checkpoint['meta'] != meta:
@@ -238,8 +239,8 @@ def tune(name, conversion, bits, seed):
         criterion = distillation(teacher, knobs.temperature, knobs.data_weight)
     x, y = training_batch(train_data, run, step, 0, here.device)                            # (B, T) each
     while step < knobs.max_iters:
-        if a != a_at(step, run, table):     # between two steps, never between forward and backward
-            a = a_at(step, run, table)
+        a, before_it = a_at(step, run, table), a
+        if a != before_it:                  # between two steps, never between forward and backward
             student.config = converted(teacher.config, conversion, a, knobs.stored_layers)
             student.coefficients = student.config.coefficients()
         lr = cosine(knobs, step)

@@ -92,13 +92,9 @@ def explain(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 def restarted(last):
-    """Whether torchrun has started all processes again (--max_restarts), and last is a checkpoint of this same run."""
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) == 0 or not os.path.exists(last):
-        return False
-    try:
-        return load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID']
-    except ValueError as error:
-        fail(str(error))
+    """Whether torchrun has started all processes again (--max_restarts), and last is of this same run. ValueError if it is damaged."""
+    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(last)
+            and load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID'])
 
 def leave():
     """

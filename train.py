@@ -89,14 +89,14 @@ PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify, sl
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
-if restarted(last):
-    knobs.init_from = 'resume'
-if knobs.init_from == 'scratch':
-    knobs.scheme = knobs.scheme or 'leapfrog'
-if knobs.bits is not None and (knobs.init_from == 'scratch' or knobs.bits not in range(9) or knobs.a is not None or knobs.scheme):
-    fail(f'bits = {knobs.bits}: with --init_from of a trained standard model give a whole number from 0 to 8 instead of scheme and a; '
-         'retrofit.py --max_iters=0 spreads other budgets over the layers, and train.py goes on from what it writes')
 try:
+    if restarted(last):
+        knobs.init_from = 'resume'
+    if knobs.init_from == 'scratch':
+        knobs.scheme = knobs.scheme or 'leapfrog'
+    if knobs.bits is not None and (knobs.init_from == 'scratch' or knobs.bits not in range(9) or knobs.a is not None or knobs.scheme):
+        fail(f'bits = {knobs.bits}: with --init_from of a trained standard model give a whole number from 0 to 8 instead of scheme and '
+             'a; retrofit.py --max_iters=0 spreads other budgets over the layers, and train.py goes on from what it writes')
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
         raw_model = GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, **PASSING, 'vocab_size': vocab_size}))
