@@ -363,9 +363,8 @@ class LastState(torch.autograd.Function):
 
 def evaluate(ctx, p):
     """
-    The state p (b, T, C) as floats x, f(x), and the graph between them. Forward drops that graph at once, and builds it
-    all the same: backward must get the same bits from f again, and where no gradient is wanted attention and
-    torch.compile may choose other kernels, which round differently.
+    The state p (b, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
+    a graph attention and torch.compile may choose other kernels, which round differently, and backward would get other bits.
     """
     x = to_float(p, ctx.tape.dtype).requires_grad_()
     with torch.enable_grad(), torch.autocast(**ctx.autocast):
@@ -406,10 +405,7 @@ class Tape:
             self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
 
     def verify(self):
-        """
-        Below the first step both states must be p_0, since p_{-1} = p_0. Steps are one to one: if one bit of one f(p) came
-        out otherwise than in the forward pass, they end elsewhere. So one comparison checks every layer.
-        """
+        """Below the first step both states must be p_0. Steps are one to one: with another bit in one f(p) they end elsewhere."""
         if self.model.config.verify and self.lower.dtype == torch.int64:
             self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
@@ -441,12 +437,9 @@ class Tape:
 ONE = 2**32         # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
 def advance(p_prev, p, fx, coefficients):
-    """
-    p_next = a * p_prev + b * p + c * f(p), in the memory of p_prev, and the bits that were cut off; states (b, T, C).
-    A line is a pass over memory, so none multiplies by 1 or adds 0.
-    """
+    """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (b, T, C)."""
     n, m, c, bits, _ = coefficients
-    s = p_prev
+    s = p_prev                                              # a line is a pass over memory: none multiplies by 1 or adds 0
     if n == -1: s.neg_()                                    # n * p_prev; of integers neg_ is four times as fast as mul_
     elif n != 1: s.mul_(n)
     if m != 0: s.add_(p, alpha=m)                           # + m * p
