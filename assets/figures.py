@@ -30,10 +30,6 @@ NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
 
-def label(axes, text, place, case, **how):
-    """Text in the colour of its line, beside its end."""
-    axes.annotate(text, place, xytext=(5, 0), textcoords='offset points', va='center', color=color(case), annotation_clip=False, **how)
-
 def depth(rows, axes):
     last = rows[0]['layers'][-1]
     top = 1.05 * max(row[f'{last} layers'] for row in rows if row['case'] != 'standard') / 1e3      # standard leaves the picture
@@ -41,8 +37,9 @@ def depth(rows, axes):
         peaks = [row[f'{n} layers'] / 1e3 for n in row['layers']]
         axes.plot(row['layers'], peaks, line, color=color(row['case']), linewidth=2)
         end = (last, peaks[-1]) if peaks[-1] <= top else (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top)
-        label(axes, NAMES.get(row['case'], row['case']), end, row['case'])
-    axes.set(xlabel='layers', ylabel='GB of activations, 64 sequences', xlim=(0, 1.5 * last), ylim=(0, top))
+        axes.annotate(NAMES.get(row['case'], row['case']), end, xytext=(5, 0), textcoords='offset points', va='center',
+                      color=color(row['case']), annotation_clip=False)
+    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), ylim=(0, top))
 
 def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
@@ -67,31 +64,30 @@ def batch(rows, axes):
     axes.set(xlabel='largest batch in 24 GB: sequences of 1024 tokens', xlim=(0, 1.15 * max(sizes)))
 
 def frontier(rows, axes):
-    for name in dict.fromkeys(row['case'] for row in rows):
+    for name, text, place, side in (('standard', 'standard, checkpointed', (-6, -14), 'right'), ('leapfrog', 'reversible', (4, 6), 'left')):
         points = [(row['work'], row['MB per sequence']) for row in rows if row['case'] == name]
         axes.plot(*zip(*points), marker='o', color=color(name))
-        axes.annotate({'standard': 'standard, checkpointed'}.get(name, NAMES.get(name, name)), max(points), textcoords='offset points',
-                      color=color(name), **(dict(xytext=(-6, -14), ha='right') if name == 'standard' else dict(xytext=(4, 6))))
+        axes.annotate(text, max(points), xytext=place, textcoords='offset points', ha=side, color=color(name))
     axes.annotate('all layers stored', (1, points[-1][1]), xytext=(8, 4), textcoords='offset points')
     axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(None, 1.3))
 
 def throughput(rows, axes):
-    rows = [row for row in rows if row['tokens/s'] and row['case'] in CASES]
-    axes.barh([CASES[row['case']] + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows], [row['tokens/s'] for row in rows],
+    rows = [row for row in rows if row['tokens/s'] and row['case'] in SHOWN]
+    names = [row['case'].replace('/', ', ') + ' stored' * ('/' in row['case']) + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows]
+    axes.barh(names, [row['tokens/s'] for row in rows],
               color=[color(row['case']) for row in rows], xerr=[[row['tokens/s'] - row['lowest'] for row in rows],
                                                                 [row['highest'] - row['tokens/s'] for row in rows]])
     axes.invert_yaxis()
     axes.grid(False)
     axes.set(xlabel='tokens/s: median, lowest and highest turn')
 
-CASES = {'standard': 'standard', 'checkpointed': 'checkpointed', 'midpoint': 'midpoint', 'leapfrog': 'leapfrog', 'leapfrog/half': 'leapfrog, half stored',
-         'leapfrog/all': 'leapfrog, all stored', 'symplectic': 'symplectic', 'midpoint_a': 'midpoint_a', 'midpoint_sum': 'midpoint_sum'}
+SHOWN = ('standard', 'checkpointed', 'midpoint', 'leapfrog', 'leapfrog/half', 'leapfrog/all', 'symplectic', 'midpoint_a', 'midpoint_sum')
 
 def drift(rows, axes):
     for row in rows:
         if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x8', 'trained') and row['case'] != 'midpoint_a':
             errors = row['gradient_errors']
-            axes.plot([j / len(errors) for j in range(len(errors))], [max(error, 1e-12) for error in errors], color=color(row['case']),
+            axes.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
                       linestyle='-' if row['weights'] == 'trained' else '--', label=f"{row['case']}, {row['weights']}")
     axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
     axes.legend()
