@@ -50,7 +50,7 @@ retrofit="python retrofit.py config/retrofit_smollm2.py --dataset=both"
 # Tuned on 150,528 tokens: 2, 1.5 and 1 bits; 0 bits, and the paper's midpoint with f of two blocks at equal time
 $retrofit --bits=[2,1.5,1] --init_from=resume
 $retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume
-$retrofit --conversion=midpoint_sum --max_iters=90 --init_from=resume
+$retrofit --conversion=midpoint_sum --max_iters=84 --learning_rate=2e-4 --init_from=resume
 
 # Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text
 for text in debian stdlib; do
@@ -59,7 +59,7 @@ done
 
 # Both texts and PIQA
 students=$(ls -d $tuned/*/last.pt | paste -sd,)
-python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/evaluation.json
+python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/scores.json
 
 # Fine-tuned on one of the texts: standard, and reversible from the first step
 for bits in None 4 1; do
