@@ -307,7 +307,7 @@ class ReversibleStep(torch.autograd.Function):
         ctx.save_for_backward(*weights)         # no copies; autograd complains if they change before backward
         ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
         for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (b, T, C) each: b sequences
-            x, fx = evaluate(ctx, p)                                            # p as floats and f(p), (b, T, C) each
+            x, fx = build_graph(ctx, p)                                         # p as floats and f(p), (b, T, C) each
             tape.watch(coefficients, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
@@ -330,7 +330,7 @@ class ReversibleStep(torch.autograd.Function):
                 tape.generator.set_rng_state(ctx.rng_state)
             slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
             for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (b, T, C) each
-                x, fx = graph or evaluate(ctx, p)                               # f(p), once per step
+                x, fx = graph or build_graph(ctx, p)                            # f(p), once per step
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
                 c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next).to(fx.dtype))     # c * J^T g_next
                 g += c_vjp.add_(g_next, alpha=b) if b else c_vjp                # g += b * g_next + c * J^T g_next
@@ -361,7 +361,7 @@ class LastState(torch.autograd.Function):
         ctx.tape.g_upper = g.clone()            # autograd may still need its own, and the steps change ours in place
         return g.new_zeros(()), None
 
-def evaluate(ctx, p):
+def build_graph(ctx, p):
     """
     The state p (b, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
     a graph attention and torch.compile may choose other kernels, which round differently, and backward would get other bits.
@@ -419,8 +419,9 @@ class Tape:
 
     def bound(self):
         """
-        Bounds all states and n * p_prev + m * p. As a + b = 1, a step of differences d = p_next - p is d_next = -a * d + c * f(p).
-        So in any state |f(p)| counts at most c * s times, where s = 1 + |a of the next step| * (s of the next step).
+        No element of a state exceeds this, nor of n * p_prev + m * p. As a + b = 1, the difference d = p_next - p becomes
+        d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most |c| * s * |f(p)|
+        to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
         """
         (_, bound), *norms = self.norms
         s, a, widest = 1.0, 0.0, 1

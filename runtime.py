@@ -125,6 +125,8 @@ def catch_signals():
 def open_data(knobs):
     """meta.json (how text became tokens: sample.py needs it too), and the tokens for training and for validation."""
     folder = os.path.join('data', knobs.dataset)
+    own = os.path.exists(os.path.join(folder, 'prepare.py'))
+    prepare = f'python {folder}/prepare.py' if own else f'python data/text/prepare.py FILES --name={knobs.dataset}'
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
             meta = json.load(file)
@@ -135,9 +137,9 @@ def open_data(knobs):
         damaged = [split for split in meta.get('crc32', ()) if local_rank == 0
                    and crc32(os.path.join(folder, f'{split}.bin')) != meta['crc32'][split]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        fail(f'there is no data in {folder}, or not all of it: run "python {folder}/prepare.py" first')
+        fail(f'there is no data in {folder}, or not all of it: run "{prepare}" first')
     if damaged:
-        fail(f'{folder}/{damaged[0]}.bin is not as it was prepared: run "python {folder}/prepare.py" again')
+        fail(f'{folder}/{damaged[0]}.bin is not as it was prepared: run "{prepare}" again')
     if min(len(train), len(val)) <= knobs.block_size:
         fail(f'{folder} has {len(train)} training and {len(val)} validation tokens, too few for '
              f'block_size = {knobs.block_size}: choose a smaller block_size')

@@ -299,7 +299,7 @@ FAULTS = {
     'the remembered bits lost': (
         '.bitwise_or_(unpack(cut_off, bits, s.shape))', '', lambda m: check_exact(m, SCHEMES[4])),
     'f evaluated again outside autocast': (
-        'graph or evaluate(ctx, p)', "graph or (ctx.autocast.update(enabled=False), evaluate(ctx, p))[1]",
+        'graph or build_graph(ctx, p)', "graph or (ctx.autocast.update(enabled=False), build_graph(ctx, p))[1]",
         lambda m: check_exact(m, LEAPFROG, torch.bfloat16)),
     'the weight gradients of one slice lost': (
         '[one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w', 'g_w',

@@ -285,7 +285,7 @@ def complaint(place, script, **flags):
     return code
 
 @pytest.mark.parametrize('flags, words', [
-    (dict(dataset='nowhere'), 'run "python data/nowhere/prepare.py" first'),
+    (dict(dataset='nowhere'), 'run "python data/text/prepare.py FILES --name=nowhere" first'),
     (dict(vocab_size=100), 'vocab_size = 100 is too small'),
     (dict(stored_layers='auto'), "stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16"),
     (dict(stored_layers='auto', memory_gb=0.001, batch_size=64), 'GB even with no layer stored, and memory_gb is 0.001: --batch_size='),
