@@ -3,12 +3,13 @@ The figures in assets/, drawn from what is in results/ by one command:
 
     pip install matplotlib && python assets/figures.py
 
-FIGURES lists all but states and loss, each with its file in results/; files of GPU runs are drawn too.
+FIGURES lists all but states, loss and bits, each with its file in results/; files of GPU runs are drawn too.
 """
 import csv
 import glob
 import json
 import os
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -133,6 +134,29 @@ def loss(paths, axes):
     axes[1].invert_yaxis()
     axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
 
+def bits(folder, axes):
+    """SmolLM2's loss above its teacher's, the mean of two texts: untuned from retrofit.py's tables, tuned from evaluate.py's report."""
+    lines = defaultdict(lambda: defaultdict(list))                      # which line -> bits -> nats above the teacher, one per text
+    for path in glob.glob(f'{folder}/untuned_*.txt'):
+        with open(path) as file:
+            content = file.read()
+        teacher = float(re.search(r'^teacher, not reversible +all +(\S+)$', content, re.M)[1])
+        for title, k, loss in re.findall(r'^midpoint\(a\), (\S+ = -?|bits where they matter)\S* +(\S+) +(\S+)', content, re.M):
+            lines[title][float(k)].append(float(loss) - teacher)
+    with open(f'{folder}/scores.json') as file:
+        scores = {name: [text['loss'] for text in found['datasets'].values()] for name, found in json.load(file).items()}
+    teacher = next(losses for name, losses in scores.items() if not name.endswith('.pt'))
+    for name, losses in scores.items():
+        if k := re.search(r'out_retrofit_smollm2/midpoint_a_([\d.]+)bit/', name):
+            lines['tuned'][float(k[1])] += [loss - other for loss, other in zip(losses, teacher)]
+    for (title, text, place), scheme, line in zip((
+            ('a = ', 'a > 0', (1, 1)), ('a = -', 'a < 0', (1, 1)), ('bits where they matter', 'a < 0, bits where they matter', (1, 1)),
+            ('tuned', 'the same, tuned on 150,528 tokens', (1, 1))), ('standard', 'midpoint', 'symplectic', 'leapfrog'), ('--', '-', '-', '-')):
+        points = sorted((k, statistics.mean(losses)) for k, losses in lines[title].items())
+        axes.plot(*zip(*points), line, marker='o', color=COLORS[scheme], label=text)
+    axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log')
+    axes.legend()
+
 def states(_, axes):
     """The walk of two states: up, each step from the last two; down, the same by the line solved for p_prev."""
     for k in range(6):
@@ -173,3 +197,5 @@ for figure, (file, *size) in FIGURES.items():
                 draw(name, json.load(content)['rows'], *size)
 if logs := sorted(glob.glob('results/loss/*.csv')):
     draw('loss', logs, 1, 2, 11, 4.5)
+if os.path.exists('results/smollm2/scores.json'):
+    draw('bits', 'results/smollm2')

@@ -52,16 +52,22 @@ $retrofit --bits=[2,1.5,1] --init_from=resume
 $retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume
 $retrofit --conversion=midpoint_sum --max_iters=84 --learning_rate=2e-4 --init_from=resume
 
-# Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text
+# Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text; and 4 bits, for PIQA
 for text in debian stdlib; do
-    $retrofit --dataset=$text --conversion=all --bits=[1,1.5,2.3] --max_iters=0 --out_dir=out_untuned_$text
+    $retrofit --dataset=$text --conversion=all --bits=[1,1.5,2.3] --max_iters=0 --out_dir=out_untuned_$text | tee results/smollm2/untuned_$text.txt
 done
+$retrofit --bits=4 --spread=False --max_iters=0 --out_dir=out_untuned
 
 # Both texts and PIQA
-students=$(ls -d $tuned/*/last.pt | paste -sd,)
+students=$(ls -d out_untuned/*/last.pt $tuned/*/last.pt | paste -sd,)
 python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/scores.json
 
 # Fine-tuned on one of the texts: standard, and reversible from the first step
 for bits in None 4 1; do
     python train.py config/finetune_smollm2.py --dataset=debian --bits=$bits --stored_layers=30 --out_dir=out_finetune_$bits
+done
+
+# Memory and seconds of three of these steps: checkpointed, reversible, standard
+for flags in --stored_layers=0 "--stored_layers=0 --bits=4" "--stored_layers=0 --bits=1" --stored_layers=30; do
+    python train.py config/finetune_smollm2.py --dataset=debian --max_iters=3 --eval_windows=1 --out_dir=out_memory $flags
 done
