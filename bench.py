@@ -158,7 +158,7 @@ def build(name, weights=None, device=None, **change):
     return model
 
 def checkpoint_in_slices(model, dtype, x, cache=None):
-    """What GPT.integrate() is to checkpointing: x (B, T, C) -> (B, T, C)."""
+    """GPT.integrate() with checkpointing in slices: x (B, T, C) -> (B, T, C)."""
     x = x.to(dtype)
     for _, f, _ in model.steps():
         slices = x.tensor_split(model_py.n_slices(*x.shape[:2], knobs.slice_tokens))

@@ -42,7 +42,8 @@ DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # s
 class Coefficients(NamedTuple):
     """
     Of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0 except in
-    midpoint_a, where a may be a fraction: dividing by 2^bits drops so many bits of each element. rebuild() needs them.
+    midpoint_a, where a may be a fraction: dividing by 2^bits drops that many bits per element, and rebuild() needs them.
+    For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
     """
     n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
     m: int
@@ -72,7 +73,7 @@ class GPTConfig:
     stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after each backward pass, compare the two rebuilt first states
-    slice_tokens: int = 8192                # tokens per call of f, about, in whole sequences; its graph takes most memory
+    slice_tokens: int = 8192                # about so many tokens go into one call of f, whose graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -206,7 +207,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, *criterion, cache=None):
         """
         idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is not counted:
-        (None, mean cross entropy in nats per target), or the mean of another criterion and its others: see loss().
+        (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
         """
         x = self.last_state(idx, cache)                                                     # (B, T, C)
         if targets is None:
@@ -239,8 +240,8 @@ class GPT(nn.Module):
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # States and their gradients are on the tape. Autograd sees a chain of handles: x, then zeros without
-        # meaning. They make it call backward() once per step, the last step first.
+        # States and their gradients are on the tape. Autograd sees only a chain of handles: x, then zeros without meaning. It fixes
+        # the order: LastState.backward() puts dL/dp on the tape, then each step's backward() moves all one layer down.
         tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():
@@ -295,7 +296,7 @@ class ReversibleStep(torch.autograd.Function):
         g_prev  = a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    (+=: p is p_prev in the step above, which has run before). The weights are arguments so that their gradients leave
+    (+=: the step above, whose p_prev is p, has added to g already). The weights are arguments so that their gradients leave
     step by step, even where the embedding is frozen: DistributedDataParallel sends them while others are computed.
     """
 
@@ -323,7 +324,7 @@ class ReversibleStep(torch.autograd.Function):
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
         a, b, g_weights = n / 2**bits, m / 2**bits, None
-        if tape.g_lower is None:                # the last step is the first to add to the gradient of its p
+        if tape.g_lower is None:                # in the last step nothing has been added to the gradient of p yet
             tape.g_lower = torch.zeros_like(tape.g_upper)
         with torch.random.fork_rng([zero.device] * (tape.kind != 'cpu'), enabled=tape.dropout, device_type=tape.kind):
             if tape.dropout:                    # the same masks again; fork_rng() leaves no trace of that
@@ -341,10 +342,10 @@ class ReversibleStep(torch.autograd.Function):
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # what is below is frozen, or x, which is p_{-1} and p_0
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below is a frozen part, or x, which is p_{-1} and p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
             if ctx.depth == 0: tape.verify()
-            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason
+            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # as ctx.saved above
         return g_handle, None, None, None, None, *g_weights
 
 class LastState(torch.autograd.Function):
@@ -364,7 +365,7 @@ class LastState(torch.autograd.Function):
 def build_graph(ctx, p):
     """
     The state p (b, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
-    a graph attention and torch.compile may choose other kernels, which round differently, and backward would get other bits.
+    a graph, attention and torch.compile may choose kernels that round differently, and backward would get other bits.
     """
     x = to_float(p, ctx.tape.dtype).requires_grad_()
     with torch.enable_grad(), torch.autocast(**ctx.autocast):
@@ -378,7 +379,7 @@ def n_slices(B, T, slice_tokens):
 class Tape:
     """
     The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
-    down again. f treats each sequence alone, so a step takes the batch in slices, and has the graph of f for one.
+    down again. f treats each sequence alone, so a step goes slice by slice: the graph of f exists for one at a time.
     """
     def __init__(self, model, x, cache):
         self.model, self.cache = model, cache
@@ -395,7 +396,7 @@ class Tape:
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
     def autocast(self, training):
-        """Its settings now: backward runs outside autocast. Its cache would keep every layer's cast weights."""
+        """Its settings now, for backward, which runs outside it. A cache would keep every layer's cast weights."""
         return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not training,
                     enabled=torch.is_autocast_enabled(self.kind))
 
@@ -423,11 +424,11 @@ class Tape:
         d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most |c| * s * |f(p)|
         to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
         """
-        (_, bound), *norms = self.norms
-        s, a, widest = 1.0, 0.0, 1
+        (_, bound), *norms = self.norms         # norms has one entry per slice and step
+        s, a_above, widest = 1.0, 0.0, 1
         for i in reversed(range(0, len(norms), self.n_slices)):                 # the first slice of every step
             n, m, c, bits, _ = norms[i][0]
-            s, a, widest = 1 + a * s, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
+            s, a_above, widest = 1 + a_above * s, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
             bound = bound + abs(c) * s * torch.stack([norm for _, norm in norms[i:i + self.n_slices]]).max()
         return widest * bound
 
@@ -508,7 +509,7 @@ def chunk_loss(norm, criterion, x, weight, *rows):              # x (n, C), weig
 class ChunkedLoss(torch.autograd.Function):
     """
     The sum of f(x, weight, *rows) over chunks of x (N, C) and rows (N, ...), divided by count. The gradients of a chunk are
-    computed while its logits are there: none outlives its chunk or is computed twice. Sums are in float32 or wider.
+    computed while its logits exist: no logits outlive their chunk or are computed twice. Sums are in float32 or wider.
     """
 
     @staticmethod

@@ -142,7 +142,7 @@ def read_weights(name):
     return tensors
 
 # -----------------------------------------------------------------------------
-# from their names to ours: of a name between dots, those whose tensors are laid one under the other
+# our names -> theirs; the tensors of several are stacked in this order to make ours
 
 GPT2 = {'transformer.wte': ['wte'], 'transformer.wpe': ['wpe'], 'transformer.ln_f': ['ln_f'], 'lm_head': ['lm_head'],
         **{part: [part] for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')}}
@@ -278,7 +278,7 @@ def load_checkpoint_of_any(path):
         if weights[name].shape != shape:
             raise ValueError(f'{path}: {name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}')
     nothing_left(weights.keys() - shapes(config).keys(), path)
-    # nanoGPT keeps how text became tokens beside its data, and GPT-2's way is all it has of others
+    # nanoGPT's checkpoints do not name the encoding: a vocabulary of this size is GPT-2's
     meta = dict(encoding='gpt2', vocab_size=50257) if config['vocab_size'] >= 50257 else dict(encoding='unknown')
     return config, one_part_each(weights), meta
 

@@ -3,7 +3,7 @@ Turns a trained standard model into a reversible one, and tunes it towards its o
 
     python retrofit.py config/retrofit_python.py                        # a demonstration, minutes on a CPU
     python retrofit.py config/retrofit_gpt2.py                          # GPT-2, on a GPU
-    python retrofit.py config/retrofit_gpt2.py --bits=1                 # one bit an element and layer, much closer
+    python retrofit.py config/retrofit_gpt2.py --bits=1                 # one bit per element and layer: much closer
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
     python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
     python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own
@@ -12,10 +12,10 @@ A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 
     p_next = a * p_prev + (1 - a) * p + h * f(p)                (paper eq. 3.6; pretrained.py derives h from a)
 
-With |a| = 2^-bits a layer remembers so many bits per element. --bits is a budget, the mean over the layers. How much the bits
+With |a| = 2^-k a layer remembers k bits per element. --bits is a budget, the mean over the layers. How much the bits
 of each layer change the output is measured, and the bits go where they matter. At 0 bits |a| is 1, and nothing is remembered:
-only then does memory not grow with depth. With --anneal_part the budget falls to its end while the student is tuned
-to the teacher's distribution. The report has the validation loss, in nats per token, of the teacher and of each student before and after.
+only then does memory not grow with depth. The student is tuned to the teacher's distribution; in the first --anneal_part
+of the steps the budget falls from --anneal_from to --bits. The report has the validation losses, in nats per token.
 --max_iters=0 writes the student untuned.
 """
 import functools

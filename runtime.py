@@ -182,8 +182,8 @@ def count_parameters(model):
 
 def compile_parts(model):
     """torch.compile of every f of a GPT, of a chunk of the loss, and of the recurrence, into one kernel each way."""
-    # The backward pass has threads of its own: in torch 2.11 the configured limit holds in all of them, in 2.13 in the one that
-    # sets it alone, but the argument, which 2.11 lacks, in all.
+    # The backward pass has threads of its own. In torch 2.11 the configured limit holds in all of them; in 2.13 only in the
+    # thread that sets it, while the argument, which 2.11 lacks, holds in all.
     torch.compiler.config.recompile_limit = 1000
     limit = {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
     # f must round alike in both passes. With dynamic=None a kernel for all shapes, compiled on the way, could take over between
@@ -286,8 +286,8 @@ def load_checkpoint(path):
 @torch.no_grad()
 def validation_loss(model, data, knobs, here, criterion=lambda x: (), bar=False):
     """
-    Mean loss in nats per token over windows spread evenly over the data, each process taking its share. criterion(x) gives what
-    else forward() of the model is to have for these tokens, if it is another loss than cross entropy.
+    Mean loss in nats per token over windows spread evenly over the data, each process taking its share. criterion(x) gives
+    further arguments of the model's forward() for these tokens, if the loss is not cross entropy.
     """
     model.eval()
     places = len(data) - knobs.block_size
@@ -358,8 +358,8 @@ class Count(TorchDispatchMode):
     """
     Follows the storage of every tensor from its birth to its end, and adds up the operations of matrix products and
     attention (a multiplication and an addition are two). Under FakeTensorMode nothing is computed or allocated, so that
-    any size can be counted anywhere, and the numbers are the same. Not seen: what an allocator, CUDA and kernels take
-    besides, and a storage that is resized after its birth.
+    any size can be counted anywhere, and the numbers are the same. Not seen: memory of the allocator, CUDA and kernels
+    themselves, and a storage that is resized after its birth.
     """
 
     def __init__(self):
@@ -438,7 +438,7 @@ def most_stored_layers(config, knobs, here):
     if gigabytes is None:
         if here.kind != 'cuda':
             fail("stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16")
-        # what is left is for CUDA itself, work spaces of kernels and gaps between tensors
+        # the rest is for CUDA itself, work spaces of kernels and gaps between tensors
         gigabytes = 0.9 * torch.cuda.get_device_properties(here.device).total_memory / 1e9
     if not gigabytes > 0:
         fail(f'memory_gb = {gigabytes} must be above 0')
@@ -520,7 +520,7 @@ def provenance(here, knobs):
                 processes=world, torch=torch.__version__, python=platform.python_version(), knobs=asdict(knobs))
 
 def open_table(path, about):
-    """row(case, **values), which prints a row, and keeps about and all rows in this file (None: in none); lists are for it alone."""
+    """row(case, **values), which prints a row, and writes `about` and all rows to this file, if there is one; lists go to the file only."""
     rows = []
     if path and main:
         try:

@@ -29,8 +29,8 @@ class Knobs:
 
 class Cache:
     """
-    For sampling: the keys and values of all tokens so far, of every evaluation of attention in the order of depth. What
-    a token's states are, in any scheme, depends on other tokens through these alone.
+    For sampling: the keys and values of all tokens so far, of every evaluation of attention in the order of depth. In any
+    scheme, a token's states depend on other tokens only through these.
     """
 
     def __init__(self, length):

@@ -176,7 +176,7 @@ PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A1
               'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'Tesla V100-SXM2-16GB': 125e12, 'Tesla T4': 65e12}
 peak_flops = (PEAK_FLOPS.get(torch.cuda.get_device_name())
               if here.kind == 'cuda' and here.dtype != 'float32' else None)
-# 6 operations a weight and token, and 12 for each pair of tokens and channel in attention; what is computed a second
+# 6 operations per weight and token, and 12 per pair of tokens and channel of attention; what is computed a second
 # time in the backward pass is not counted, so that schemes compare
 lookups = [raw_model.get_parameter(f'transformer.{name}.weight').numel()         # tables that multiply nothing
            for name, there in (('wpe', config.rope_theta is None), ('wte', not config.tied)) if there]
@@ -191,7 +191,7 @@ catch_signals()
 tokens_per_step = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
 say(f'{count_parameters(raw_model):,} parameters, scheme {config.scheme}, '
     f'{config.stored_layers} of {config.n_layer} layers stored')
-say(f'{tokens_per_step:,} tokens a step: {world} processes x {knobs.gradient_accumulation_steps // world} '
+say(f'{tokens_per_step:,} tokens per step: {world} processes x {knobs.gradient_accumulation_steps // world} '
     f'micro-batches x {knobs.batch_size} x {knobs.block_size}')
 
 def evaluate_and_save():

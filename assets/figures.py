@@ -141,19 +141,21 @@ def bits(folder, axes):
         with open(path) as file:
             content = file.read()
         teacher = float(re.search(r'^teacher, not reversible +all +(\S+)$', content, re.M)[1])
+        # 8 bits are as good as all, and nothing has no place on this axis
         for title, k, loss in re.findall(r'^midpoint\(a\), (\S+ = -?|bits where they matter)\S* +(\S+) +(\S+)', content, re.M):
-            lines[title][float(k)].append(float(loss) - teacher)
+            if float(k) < 8:
+                lines[title][float(k)].append(float(loss) - teacher)
     with open(f'{folder}/scores.json') as file:
         scores = {name: [text['loss'] for text in found['datasets'].values()] for name, found in json.load(file).items()}
     teacher = next(losses for name, losses in scores.items() if not name.endswith('.pt'))
     for name, losses in scores.items():
         if k := re.search(r'out_retrofit_smollm2/midpoint_a_([\d.]+)bit/', name):
             lines['tuned'][float(k[1])] += [loss - other for loss, other in zip(losses, teacher)]
-    for (title, text, place), scheme, line in zip((
-            ('a = ', 'a > 0', (1, 1)), ('a = -', 'a < 0', (1, 1)), ('bits where they matter', 'a < 0, bits where they matter', (1, 1)),
-            ('tuned', 'the same, tuned on 150,528 tokens', (1, 1))), ('standard', 'midpoint', 'symplectic', 'leapfrog'), ('--', '-', '-', '-')):
+    for title, text, scheme in (
+            ('a = ', 'a > 0', 'checkpointed'), ('a = -', 'a < 0', 'midpoint'), ('bits where they matter', 'a < 0, bits where they matter', 'symplectic'),
+            ('tuned', 'the same, tuned on 150,528 tokens', 'leapfrog')):
         points = sorted((k, statistics.mean(losses)) for k, losses in lines[title].items())
-        axes.plot(*zip(*points), line, marker='o', color=COLORS[scheme], label=text)
+        axes.plot(*zip(*points), marker='o', color=COLORS[scheme], label=text)
     axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log')
     axes.legend()
 

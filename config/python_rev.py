@@ -1,5 +1,5 @@
 """
-The quick start: a small reversible GPT on the source code of Python's standard library, one byte a token.
+The quick start: a small reversible GPT on the source code of Python's standard library, one byte per token.
 
     python data/python/prepare.py && python train.py config/python_rev.py
 

@@ -1,14 +1,15 @@
 """
-GPT-2 (124M) made reversible, with no bit remembered; --bits=1 remembers one, and stays much closer to the original.
+GPT-2 (124M) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see RESULTS.md.
 
     python data/openwebtext/prepare.py --subsets=1
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py        # or python retrofit.py ...
-    python sample.py --init_from=out_retrofit_gpt2/midpoint_a_0bit/last.pt
+    python sample.py --init_from=out_retrofit_gpt2/midpoint_a_2bit/last.pt
 
 131,072 tokens per step = 16 sequences x 1024 tokens x 8 micro-batches; 262M in all.
 """
 out_dir = 'out_retrofit_gpt2'
 teacher = 'gpt2'
+bits = 2
 dataset = 'openwebtext'
 batch_size = 16
 gradient_accumulation_steps = 8

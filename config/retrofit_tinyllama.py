@@ -1,15 +1,16 @@
 """
-TinyLlama (1.1B) made reversible, with no bit remembered; --bits=1 remembers one, and stays much closer to the original.
+TinyLlama (1.1B) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see RESULTS.md.
 
     pip install tokenizers
     python data/text/prepare.py TEXT --tokenizer=TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_tinyllama.py
 
 131,072 tokens per step = 4 sequences x 2048 tokens x 16 micro-batches; 262M in all. TEXT: files or folders of yours. In
-float32 weights, gradients, AdamW's moments and the teacher take 20 bytes a parameter, 22 GB.
+float32 weights, gradients, AdamW's moments and the teacher take 20 bytes per parameter, 22 GB.
 """
 out_dir = 'out_retrofit_tinyllama'
 teacher = 'TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T'
+bits = 2
 dataset = 'text'
 batch_size = 4
 gradient_accumulation_steps = 16

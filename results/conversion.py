@@ -1,6 +1,6 @@
 """
 How far a converted model is from its teacher before any tuning: KL(teacher, student) in nats per token, for a of both signs,
-and for ever more layers at a = -1 or a = 1, those first that change the output least.
+and for more and more layers at a = -1 or a = 1, those first that change the output least.
 
     python results/conversion.py --teacher=HuggingFaceTB/SmolLM2-135M-Instruct --dataset=both --json=results/conversion.json
 

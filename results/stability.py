@@ -4,7 +4,7 @@ When a scheme is stable, in both directions of depth.
     python results/stability.py                                                 # the roots of each recurrence
     python results/stability.py --trained=out_a/best.pt,out_b/best.pt --json=FILE       # and perturbations in trained models
 
-For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, and what it does to (p_prev, p) is a matrix of
+For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, which acts on (p_prev, p) as a matrix of
 two rows. Forward a perturbation grows by the largest |r| of its eigenvalues r per layer, backward by the largest 1 / |r|.
 The product of the r is -a, so both stay at 1 only where |a| = 1: where |a| < 1 it damps forward, and backward must amplify.
 
