@@ -73,7 +73,7 @@ class GPTConfig:
     stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after each backward pass, compare the two rebuilt first states
-    slice_tokens: int = 8192                # about so many tokens go into one call of f, whose graph takes most memory
+    slice_tokens: int = 8192                # about so many tokens, in whole sequences, go into one call of f: its graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -240,8 +240,8 @@ class GPT(nn.Module):
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # States and their gradients are on the tape. Autograd sees only a chain of handles: x, then zeros without meaning. It fixes
-        # the order: LastState.backward() puts dL/dp on the tape, then each step's backward() moves all one layer down.
+        # States and their gradients are on the tape. Autograd sees only a chain of handles: x, then zeros without meaning. The
+        # chain fixes the order: LastState.backward() puts dL/dp on the tape, then each step's backward() moves all one layer down.
         tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():

@@ -3,7 +3,7 @@ Turns a trained standard model into a reversible one, and tunes it towards its o
 
     python retrofit.py config/retrofit_python.py                        # a demonstration, minutes on a CPU
     python retrofit.py config/retrofit_gpt2.py                          # GPT-2, on a GPU
-    python retrofit.py config/retrofit_gpt2.py --bits=1                 # one bit per element and layer: much closer
+    python retrofit.py config/retrofit_gpt2.py --bits=0                 # instead of 2 per element and layer: much harder
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
     python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
     python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own

@@ -7,7 +7,7 @@ Schemes compared: each with the learning rate and the step size h that do best f
 
 A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. A run's validation losses
 go to results/compare.csv. A stage begins when every run of those before it is there: each learning rate at the first h on seed 1;
-each h at the best of these rates; the best of both on seeds 2 to 4; 24 layers; h by depth and by length of training, leapfrog. BDIA is
+each h at the best of these rates; the best of both on seeds 2 to 4; 24 layers, seed 1; h by depth and by length of training, leapfrog. BDIA is
 midpoint_a whose a is drawn anew at every step. The counterpart of h in standard is a factor before f, which no flag of train.py sets.
 """
 import csv

@@ -62,9 +62,9 @@ $retrofit --bits=4 --spread=False --max_iters=0 --out_dir=out_untuned
 students=$(ls -d out_untuned/*/last.pt $tuned/*/last.pt | paste -sd,)
 python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/scores.json
 
-# Fine-tuned on one of the texts: standard, and reversible from the first step
-for bits in None 4 1; do
-    python train.py config/finetune_smollm2.py --dataset=debian --bits=$bits --stored_layers=30 --out_dir=out_finetune_$bits
+# Fine-tuned on one of the texts: standard, reversible from the first step, and BDIA
+for flag in --bits=None --bits=4 --bits=1 --a=bdia; do
+    python train.py config/finetune_smollm2.py --dataset=debian $flag --stored_layers=30 --out_dir=out_finetune$flag
 done
 
 # Memory and seconds of three of these steps: checkpointed, reversible, standard
