@@ -127,7 +127,7 @@ here = start(knobs)
 if mode in ('check', 'resident') and here.kind != 'cpu':
     fail(f'{mode} looks at the resident memory of a CPU: give --device=cpu')
 if knobs.compile and (mode in ('frontier', 'curve', 'check') or here.kind != 'cuda' and (mode != 'throughput' or budgets)):
-    fail('what is counted is not compiled: leave --compile out')
+    fail('this mode counts an eager model: leave --compile out')
 
 # -----------------------------------------------------------------------------
 # models, tokens, a step

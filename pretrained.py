@@ -285,7 +285,7 @@ def load_checkpoint_of_any(path):
 def one_part_each(weights):
     return {name: [lambda tensor=tensor: tensor] for name, tensor in weights.items()}
 
-def coefficients(a):
+def step_sizes(a):
     """
     h of midpoint(a) for the weights of a standard net, from a of every layer. With d_j = p_{j+1} - p_j a step of the
     recurrence is d_j = -a_j d_{j-1} + h_j f_j, and the last state is p_0 + the sum of all d: so f_j arrives there h_j S_j times,
@@ -305,7 +305,7 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
         raise ValueError('midpoint_a of a trained model needs to know its a: give --bits=4, or --a=-0.0625')
     if scheme == 'midpoint_a' and h is None and a != 'bdia':
         a = a if isinstance(a, list) else [a] * config.n_layer
-        h = coefficients(a)
+        h = step_sizes(a)
     return replace(config, scheme=scheme, a=a, h=h, stored_layers=None)
 
 def build(name, **overrides):

@@ -135,7 +135,7 @@ def sensitivity():
     most = with_bits([8] * n_layer)
     table = {k: [most if k == 8 else with_bits([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
         range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
-    say('\nKL(teacher, student) in nats per token, where one layer has so few bits and all others have 8\n'
+    say('\nKL(teacher, student) in nats per token, if the layer of the row has the bits of the column, and every other layer has 8\n'
         f'{"layer":>5}' + ''.join(f'{f"{k} bits":>10}' for k in CHOICES))
     for j in range(n_layer):
         say(f'{j:>5}' + ''.join(f'{table[k][j]:10.5f}' for k in CHOICES))

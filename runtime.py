@@ -277,7 +277,7 @@ def load_checkpoint(path):
     except Exception:
         checkpoint = None
     if not isinstance(checkpoint, dict) or not {'model', 'config', 'meta'} <= checkpoint.keys():
-        raise ValueError(f'{path} is damaged, cut off or no checkpoint of ours: use another one')
+        raise ValueError(f'{path} is damaged, cut off, or not a checkpoint of these scripts: use another one')
     return checkpoint
 
 # -----------------------------------------------------------------------------

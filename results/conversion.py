@@ -4,7 +4,7 @@ and for more and more layers at a = -1 or a = 1, those first that change the out
 
     python results/conversion.py --teacher=HuggingFaceTB/SmolLM2-135M-Instruct --dataset=both --json=results/conversion.json
 
-The recurrence runs in floats here, since nothing is rebuilt. h is 1 / S of coefficients() in pretrained.py where a < 0, and
+The recurrence runs in floats here, since nothing is rebuilt. h is 1 / S of step_sizes() in pretrained.py where a < 0, and
 1 + a elsewhere. "mean" reads the output from the mean of the last two states.
 """
 import os
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import configure
-from pretrained import build, coefficients
+from pretrained import build, step_sizes
 from runtime import open_data, open_table, provenance, start, windows
 
 @dataclass
@@ -45,7 +45,7 @@ def log_p(state):
 def divergence(a, h=None):
     """Read from the last state, and from the mean of the last two, for a (and h) of every layer."""
     p_prev = p = x
-    for f, a_j, h_j in zip(blocks, a, h or coefficients(a)):
+    for f, a_j, h_j in zip(blocks, a, h or step_sizes(a)):
         p_prev, p = p, a_j * p_prev + (1 - a_j) * p + h_j * f(p)
     return {read: (wanted.exp() * (wanted - log_p(state))).sum(-1).mean().item() for read, state in (('last', p), ('mean', (p_prev + p) / 2))}
 

@@ -186,7 +186,7 @@ def test_an_interrupted_run_keeps_its_rows(place):
     ('depth --layers=[3]', 'layers = [3] must be whole numbers above 0, for depth two or more'), ('batch', 'Give --budget_gb=24'),
     ('batch --budget_gb=-1', 'Give --budget_gb=24'), ('batch --shape=gpt9', "unknown shape 'gpt9': choose among gpt2,"),
     ('batch --budget_gb=1 --cases=leapfrog/dial', 'leapfrog/dial is a case of throughput at equal batch alone'),
-    ('depth --compile=True', 'what is counted is not compiled'), ('curve --compile=True', 'what is counted is not compiled'),
+    ('depth --compile=True', 'this mode counts an eager model'), ('curve --compile=True', 'this mode counts an eager model'),
     ('batch --budget_gb=1e999', 'Give --budget_gb=24'), ('depth --dtype=float32 --cases=checkpointed/bf16', 'needs --dtype=bfloat16'),
     ('batch --budget_gb=1 --json=data', 'data cannot be written'), ('throughput --repeats=0', 'repeats = 0'),
     ('depth --n_embd=30 --n_head=4', 'n_embd = 30 must be divisible')])

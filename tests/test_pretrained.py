@@ -235,10 +235,10 @@ def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match='neither a folder nor a model of the hub'):
         GPT.from_pretrained('gpt5')
     (tmp_path / 'ckpt.pt').write_bytes(content)
-    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
+    with pytest.raises(ValueError, match='is damaged, cut off, or not a checkpoint'):
         GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
     torch.save(dict(model_args={}), tmp_path / 'ckpt.pt')
-    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
+    with pytest.raises(ValueError, match='is damaged, cut off, or not a checkpoint'):
         GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
 
 def test_text_in_the_tokens_of_a_llama(tmp_path):

@@ -27,7 +27,7 @@ import model as model_py
 import runtime
 from configurator import configure, machine
 from model import GPT, GPTConfig
-from pretrained import coefficients
+from pretrained import step_sizes
 from runtime import load_checkpoint, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -317,7 +317,7 @@ def test_a_trained_standard_model_becomes_reversible_on_the_way_in(place):
     for bits in (1, 4, 8):
         losses[bits], config = goes_on(f'finetuned{bits}', bits=bits)
         assert (config['scheme'], config['a'], config['stored_layers']) == ('midpoint_a', [-1 / 2**bits] * 4, 0)
-        assert config['h'] == coefficients(config['a'])
+        assert config['h'] == step_sizes(config['a'])
     assert 0 < abs(losses[8] - before) < abs(losses[1] - before) < 0.1
     assert goes_on('finetuned_leapfrog', scheme='leapfrog', h=0.5)[1]['h'] == 0.5
     assert goes_on('finetuned_a', a=0.5)[1]['h'] == [1.5] * 4
@@ -389,7 +389,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
             return os.mkdir, (str(tmp_path / 'done'),)
 
     torch.save(dict(model={}, config={}, meta=Malice()), tmp_path / 'last.pt')
-    with pytest.raises(ValueError, match='no checkpoint of ours'):
+    with pytest.raises(ValueError, match='is damaged, cut off'):
         load_checkpoint(str(tmp_path / 'last.pt'))
     assert not (tmp_path / 'done').exists()
 
@@ -402,7 +402,7 @@ def test_damaged_checkpoints_are_refused_and_kept(place, whole, damage):
                        [content[:len(content) // 2], content, b'', b'not a checkpoint']))[damage]
     (place / 'damaged').mkdir(exist_ok=True)
     (place / 'damaged' / 'last.pt').write_bytes(content)
-    with pytest.raises(ValueError, match='is damaged, cut off or no checkpoint'):
+    with pytest.raises(ValueError, match='is damaged, cut off, or not a checkpoint'):
         load_checkpoint(str(place / 'damaged' / 'last.pt'))
     if damage == 'cut off':
         assert 'damaged' in complaint(place, 'train.py', **dict(SMALL, out_dir='damaged', init_from='resume'))
