@@ -51,6 +51,7 @@ retrofit="python retrofit.py config/retrofit_smollm2.py --dataset=both"
 $retrofit --bits=[2,1.5,1] --init_from=resume
 $retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume
 $retrofit --conversion=midpoint_sum --max_iters=84 --learning_rate=2e-4 --init_from=resume
+$retrofit --bits=1 --max_iters=588 --out_dir=out_long --init_from=resume                     # and 1 bit on 602,112 tokens
 
 # Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text; and 4 bits, for PIQA
 for text in debian stdlib; do
@@ -59,8 +60,16 @@ done
 $retrofit --bits=4 --spread=False --max_iters=0 --out_dir=out_untuned
 
 # Both texts and PIQA
-students=$(ls -d out_untuned/*/last.pt $tuned/*/last.pt | paste -sd,)
+students=$(ls -d out_untuned/*/last.pt $tuned/*/last.pt out_long/*/last.pt | paste -sd,)
 python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/scores.json
+
+# The likeliest 40 tokens after each prompt, of the teacher and every student
+for model in $name ${students//,/ }; do
+    sample="python sample.py --init_from=$model --temperature=0 --max_new_tokens=40"
+    echo "== $model"
+    for prompt in "A Debian package is" "def read_lines(path):" "The capital of France is"; do $sample --prompt="$prompt"; done
+    $sample --chat=True --prompt="What is a midpoint?"
+done | grep -v ^device > results/smollm2/samples.txt
 
 # Fine-tuned on one of the texts: standard, reversible from the first step, and BDIA
 for flag in --bits=None --bits=4 --bits=1 --a=bdia; do
