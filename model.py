@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_config
 
 # -----------------------------------------------------------------------------
-# the schemes: (a, b, c) of the recurrence, from the settings a and h (the step size) of a layer
+# the schemes: (a, b, c) of the recurrence, from a layer's settings: a, which only midpoint_a has, and the step size h
 
 SCHEMES = {
     'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
@@ -42,8 +42,8 @@ DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # s
 class Coefficients(NamedTuple):
     """
     Of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0 except in
-    midpoint_a, where a may be a fraction: dividing by 2^bits drops that many bits per element, and rebuild() needs them.
-    For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
+    midpoint_a, where a may be a fraction: dividing by 2^bits drops that many bits per element, which rebuild() needs.
+    They wait in ctx.saved. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
     """
     n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
     m: int
@@ -72,7 +72,7 @@ class GPTConfig:
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper; or 'bdia'
     stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after each backward pass, compare the two rebuilt first states
+    verify: bool = True                     # after backward, compare the two rebuilt first states
     slice_tokens: int = 8192                # about so many tokens, in whole sequences, go into one call of f: its graph takes most memory
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class GPTConfig:
             h = [1 + x for x in a]
         for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (a, h))):
             a, b, c = SCHEMES[self.scheme](a, h)
-            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # n odd, over a power of two
+            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # over a power of two; n is odd, or 0
             m = int(b * denominator) if self.exact else b
             inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard has none
             result.append(Coefficients(n, m, c, denominator.bit_length() - 1, inverse))
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(self.last_state(idx))
 
     def last_state(self, idx, cache=None):
-        """idx (B, T) tokens -> (B, T, C) before the final norm. With a cache (of sample.py) idx goes on where it ends."""
+        """idx (B, T) tokens -> (B, T, C) before the final norm. In a filled cache (of sample.py) idx is one token more."""
         first, T = cache.tokens if cache else 0, idx.size(1)
         if first + T > self.config.block_size:
             raise ValueError(f'a sequence of {first + T} tokens is longer than block_size = {self.config.block_size}')
@@ -233,15 +233,15 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.a == 'bdia':
-            self.coefficients = config.coefficients()
-        if config.scheme == 'standard' or config.a == 'bdia' and not self.training:     # BDIA trains a standard net
+        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA trains a standard net
             for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
-        # States and their gradients are on the tape. Autograd sees only a chain of handles: x, then zeros without meaning. The
-        # chain fixes the order: LastState.backward() puts dL/dp on the tape, then each step's backward() moves all one layer down.
+        if config.a == 'bdia':
+            self.coefficients = config.coefficients()           # drawn anew
+        # States and gradients are on the tape. Autograd sees a chain of handles, x and then dummy zeros, which fixes the order:
+        # LastState.backward() puts dL/dp on the tape, each step's moves one layer down, and the first step's returns dL/dx.
         tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():
@@ -296,19 +296,19 @@ class ReversibleStep(torch.autograd.Function):
         g_prev  = a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    (+=: the step above, whose p_prev is p, has added to g already). The weights are arguments so that their gradients leave
+    (+=: g already holds the g_prev of the step above, whose p_prev is p). The weights are arguments so that their gradients leave
     step by step, even where the embedding is frozen: DistributedDataParallel sends them while others are computed.
     """
 
     @staticmethod
     def forward(ctx, handle, tape, f, coefficients, store_graph, *weights):
         ctx.tape, ctx.depth, ctx.f, ctx.coefficients = tape, tape.depth, f, coefficients
-        ctx.autocast = tape.autocast(training=bool(weights))
+        ctx.autocast = tape.autocast(weights)
         ctx.rng_state = tape.generator.get_rng_state() if tape.dropout else None
         ctx.save_for_backward(*weights)         # no copies; autograd complains if they change before backward
         ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
-        for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (b, T, C) each: b sequences
-            x, fx = build_graph(ctx, p)                                         # p as floats and f(p), (b, T, C) each
+        for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (S, T, C) each: S sequences
+            x, fx = build_graph(ctx, p)                                         # p as floats and f(p), (S, T, C) each
             tape.watch(coefficients, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
@@ -330,7 +330,7 @@ class ReversibleStep(torch.autograd.Function):
             if tape.dropout:                    # the same masks again; fork_rng() leaves no trace of that
                 tape.generator.set_rng_state(ctx.rng_state)
             slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
-            for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (b, T, C) each
+            for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (S, T, C) each
                 x, fx = graph or build_graph(ctx, p)                            # f(p), once per step
                 tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
                 c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next).to(fx.dtype))     # c * J^T g_next
@@ -342,7 +342,7 @@ class ReversibleStep(torch.autograd.Function):
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below is a frozen part, or x, which is p_{-1} and p_0
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below is a frozen part, which wants no gradient, or x = p_{-1} = p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
             if ctx.depth == 0: tape.verify()
             tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # as ctx.saved above
@@ -364,7 +364,7 @@ class LastState(torch.autograd.Function):
 
 def build_graph(ctx, p):
     """
-    The state p (b, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
+    The state p (S, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
     a graph, attention and torch.compile may choose kernels that round differently, and backward would get other bits.
     """
     x = to_float(p, ctx.tape.dtype).requires_grad_()
@@ -372,7 +372,7 @@ def build_graph(ctx, p):
         return x, ctx.f(x, ctx.tape.cache)
 
 def n_slices(B, T, slice_tokens):
-    """Slices per batch: equal ones if up to twice as many will do, since torch.compile makes a graph per size."""
+    """Slices per batch: equal ones, if fewer than twice the least will do, since torch.compile makes a graph per size."""
     least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
@@ -395,9 +395,9 @@ class Tape:
     def slices(self, *tensors):
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
-    def autocast(self, training):
-        """Its settings now, for backward, which runs outside it. A cache would keep every layer's cast weights."""
-        return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not training,
+    def autocast(self, weights):
+        """Its settings now, for backward, which runs outside it. Its own cache would keep every layer's cast weights."""
+        return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not weights,
                     enabled=torch.is_autocast_enabled(self.kind))
 
     def watch(self, coefficients, fx):
@@ -406,7 +406,7 @@ class Tape:
             self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
 
     def verify(self):
-        """Below the first step both states must be p_0. Steps are one to one: with another bit in one f(p) they end elsewhere."""
+        """Below the first step both states must be p_0. Steps are one to one, so a wrong bit in a state cannot vanish."""
         if self.model.config.verify and self.lower.dtype == torch.int64:
             self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
@@ -421,7 +421,7 @@ class Tape:
     def bound(self):
         """
         No element of a state exceeds this, nor of n * p_prev + m * p. As a + b = 1, the difference d = p_next - p becomes
-        d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most |c| * s * |f(p)|
+        d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most |c| * s * its norm
         to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
         """
         (_, bound), *norms = self.norms         # norms has one entry per slice and step
@@ -439,9 +439,9 @@ class Tape:
 ONE = 2**32         # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
 def advance(p_prev, p, fx, coefficients):
-    """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (b, T, C)."""
+    """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (S, T, C)."""
     n, m, c, bits, _ = coefficients
-    s = p_prev                                              # a line is a pass over memory: none multiplies by 1 or adds 0
+    s = p_prev                                              # a line is a pass over memory: the ifs skip * 1 and + 0
     if n == -1: s.neg_()                                    # n * p_prev; of integers neg_ is four times as fast as mul_
     elif n != 1: s.mul_(n)
     if m != 0: s.add_(p, alpha=m)                           # + m * p
@@ -464,7 +464,7 @@ def integer_inverse(n):
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 def wide(dtype):
-    return torch.promote_types(dtype, torch.float32)        # or float64, where all is: states would overflow float16
+    return torch.promote_types(dtype, torch.float32)        # at least float32: states would overflow float16
 
 def to_state(c, x, dtype):
     """c * x as a state, in memory of its own."""
@@ -492,8 +492,8 @@ def unpack(packed, bits, shape):
 
 def head(weight):
     """
-    The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, without the mean of its rows. That
-    moves all logits of a token alike, which softmax does not see. Logits near -100 would have steps of 0.5 in bfloat16.
+    The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, minus its mean row. That moves
+    all logits of a token alike: loss and gradients stay. Logits near -100 would have steps of 0.5 in bfloat16.
     """
     kind, weight = weight.device.type, weight.detach()
     if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone

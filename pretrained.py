@@ -301,11 +301,11 @@ def step_sizes(a):
 
 def reversible(config, scheme='midpoint_a', a=None, h=None):
     """The GPTConfig of a reversible net with the weights of a standard one, whose config this is."""
-    if scheme == 'midpoint_a' and a is None:
+    if scheme == 'midpoint_a' and a in (None, 'random'):
         raise ValueError('midpoint_a of a trained model needs to know its a: give --bits=4, or --a=-0.0625')
     if scheme == 'midpoint_a' and h is None and a != 'bdia':
         a = a if isinstance(a, list) else [a] * config.n_layer
-        h = step_sizes(a)
+        h = step_sizes(a) if all(isinstance(x, (int, float)) for x in a) else None      # None: GPTConfig says what a must be
     return replace(config, scheme=scheme, a=a, h=h, stored_layers=None)
 
 def build(name, **overrides):
@@ -414,8 +414,10 @@ def tokens_of(name):
         return load_checkpoint_of_any(name)[2]
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
-    if family == 'gpt2':
-        return dict(encoding='gpt2', vocab_size=50257)
+    if family == 'gpt2':                        # with tokens of its own, or those of OpenAI: the last one is ' gazed'
+        own = None if not os.path.isdir(name) and hub_name(name).startswith('openai-community/') else find(name, 'tokenizer.json')
+        if own is None or '"Ġgazed": 50255' in json.dumps(read_json(own), ensure_ascii=False):
+            return dict(encoding='gpt2', vocab_size=50257)
     return dict(encoding='tokenizer.json', model=name, vocab_size=config['vocab_size'])
 
 def tokenizer(meta):
@@ -448,7 +450,7 @@ def conversation(meta, question):
     name = meta.get('model')
     settings = read_json(path) if name and (path := find(name, 'tokenizer_config.json')) else {}
     template = settings.get('chat_template')
-    if name and (path := find(name, 'chat_template.jinja')):
+    if template is None and name and (path := find(name, 'chat_template.jinja')):
         with open(path, encoding='utf-8') as file:
             template = file.read()
     if not isinstance(template, str):

@@ -15,7 +15,7 @@ import torch
 
 from data.text.prepare import prepare as prepare_text
 from model import GPT, GPTConfig
-from pretrained import build, conversation, ends_of_text, export, same_tokens, tokenizer
+from pretrained import build, conversation, ends_of_text, export, same_tokens, tokenizer, tokens_of
 from runtime import save_checkpoint
 from test_data import site                                              # noqa: F401, a fixture
 
@@ -261,6 +261,13 @@ def test_text_in_the_tokens_of_a_llama(tmp_path):
         same_tokens('model', build(folder)[1], 'data', dict(encoding='gpt2'))
     with pytest.raises(SystemExit, match='No such file'):
         prepare_text([str(tmp_path / 'none.txt')], folder, tmp_path)
+
+@pytest.mark.parametrize('last, encoding', [('Ġgazed', 'gpt2'), ('ordenador', 'tokenizer.json'), (None, 'gpt2')])
+def test_a_gpt2_may_have_tokens_of_its_own(tmp_path, last, encoding):
+    (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='gpt2', n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=50257)))
+    if last:
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(model=dict(type='BPE', vocab={last: 50255}))))
+    assert tokens_of(str(tmp_path))['encoding'] == encoding
 
 def test_a_question_in_the_models_own_template(tmp_path):
     transformers = pytest.importorskip('transformers')

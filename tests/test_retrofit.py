@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from data.text.prepare import prepare as prepare_text
 import model as model_py
 from model import GPT, GPTConfig
+from pretrained import reversible
 from runtime import compile_parts, load_checkpoint
 from test_reversible import L, check_exact
 from test_model import compiler
@@ -158,18 +159,29 @@ def test_a_student_begins_at_its_teacher():
 
 @pytest.mark.parametrize('a', [[-0.5] * 4, [-1.0] * 4, [-1.0, -1 / 16, -0.5, -1 / 4]], ids=str)
 def test_every_output_arrives_once(a):
-    """Where f does not depend on p: there the last state of the student is that of its teacher, to rounding."""
+    """For a linear f that reads one half of the channels and writes the other: there the last state is the teacher's, to rounding."""
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=4, n_head=4, n_embd=32, scheme='standard')
     torch.manual_seed(0)
     teacher = GPT(config).double()
-    for name, weight in teacher.transformer.h.named_parameters():       # what is left of f is its biases
-        (torch.nn.init.normal_ if name.endswith('c_proj.bias') else torch.nn.init.zeros_)(weight)
+    for block in teacher.transformer.h:
+        weight = torch.zeros(32, 32, dtype=torch.float64)
+        weight[16:, :16] = torch.randn(16, 16) / 4
+        block.forward = lambda x, cache=None, weight=weight: x @ weight.T
     student = GPT(retrofit.converted(config, 'midpoint_a', a, 0)).double()
     student.load_state_dict(teacher.state_dict())
+    for block, linear in zip(student.transformer.h, teacher.transformer.h):
+        block.forward = linear.forward
     idx = torch.randint(65, (2, 16))
-    assert torch.allclose(student.last_state(idx), teacher.last_state(idx), rtol=0, atol=1e-8)
+    wanted = teacher.last_state(idx)
+    assert (wanted - teacher.transformer.wte(idx)).norm() > 0.1
+    assert torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-8)
     student.coefficients = [step._replace(c=1 - x) for step, x in zip(student.coefficients, a)]     # the fault to catch
-    assert not torch.allclose(student.last_state(idx), teacher.last_state(idx), rtol=0, atol=1e-2)
+    assert not torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-2)
+
+@pytest.mark.parametrize('a', ['random', 'all', '-1/16', ['x'] * 4], ids=str)
+def test_an_a_that_is_no_number_is_refused(a):
+    with pytest.raises(ValueError, match='needs to know its a|give a number or a list of them'):
+        reversible(GPTConfig(n_layer=4, scheme='standard'), 'midpoint_a', a)
 
 def test_bits_go_where_they_buy_most():
     harm = [0.0, 1.0, 0.1, 0.1]                                         # of a layer at 0 bits; a quarter with each bit
