@@ -142,13 +142,16 @@ def sensitivity():
     return table
 
 def assign(table, budget):
-    """Bits per layer, at most budget on average: greedy, the largest gain per bit first."""
+    """
+    Bits per layer, at most budget on average: greedy, the largest gain per bit first. From a budget of 1 on every layer has at
+    least one bit, as what 0 bits do to a layer is hard to mend by tuning; but not the first one, whose two states are equal.
+    """
     layers = range(len(table[0]))
-    bits = [0] * len(layers)
+    bits, choices = ([0] + [1] * (len(layers) - 1), CHOICES) if budget >= 1 else ([0] * len(layers), (0, 1))
     while True:
         left = budget * len(layers) - sum(bits) + 1e-9
         gain, j, k = max((((table[bits[j]][j] - table[k][j]) / (k - bits[j]), j, k) for j in layers
-                          for k in CHOICES if 0 < k - bits[j] <= left), default=(0, 0, 0))
+                          for k in choices if 0 < k - bits[j] <= left), default=(0, 0, 0))
         if gain <= 0:
             return bits
         bits[j] = k

@@ -193,7 +193,8 @@ def test_bits_go_where_they_buy_most():
     for budget in (0.7, 1.5, 2.3):
         assert sum(retrofit.assign(table, budget)) <= 4 * budget
     table[1][1] = 2.0                                                   # one bit would do harm, two would not
-    assert retrofit.assign(table, 0.5) == [0, 2, 0, 0]
+    assert retrofit.assign(table, 0.75) == [0, 0, 1, 1]                 # below a budget of 1 a layer has one bit or none
+    assert retrofit.assign(table, 1.25) == [0, 2, 1, 2]
 
 GPT2_SHAPE = dict(block_size=16, vocab_size=65, n_layer=L, n_head=4, n_embd=32)
 LLAMA_SHAPE = dict(GPT2_SHAPE, norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2, rope_theta=1e4, tied=False,
