@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import pathlib
 import platform
 import shutil
 import signal
@@ -246,6 +247,8 @@ def save_checkpoint(paths, checkpoint):
     become names of the same file, which is never changed, only replaced. A disk that is full ends the program in a sentence.
     """
     part = f'{paths[0]}.part'
+    for path in paths:                      # of a run that was killed in here: it may be the same file as a checkpoint
+        pathlib.Path(f'{path}.part').unlink(missing_ok=True)
     try:
         with open(part, 'wb') as file:
             torch.save(dict(checkpoint, run=os.environ.get('TORCHELASTIC_RUN_ID')), file)
@@ -260,8 +263,7 @@ def save_checkpoint(paths, checkpoint):
         os.replace(part, paths[0])
     except (OSError, RuntimeError) as error:            # torch.save() of a full disk raises either
         for path in paths:
-            if os.path.exists(f'{path}.part'):
-                os.remove(f'{path}.part')
+            pathlib.Path(f'{path}.part').unlink(missing_ok=True)
         fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is as it was')
 
 def load_checkpoint(path):
