@@ -73,7 +73,7 @@ class GPTConfig:
     stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
     verify: bool = True                     # after backward, compare the two rebuilt first states
-    slice_tokens: int = 8192                # about so many tokens, in whole sequences, go into one call of f: its graph takes most memory
+    slice_tokens: int = 8192                # about so many tokens, in whole sequences, per call of f, whose graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(self.last_state(idx))
 
     def last_state(self, idx, cache=None):
-        """idx (B, T) tokens -> (B, T, C) before the final norm. In a filled cache (of sample.py) idx is one token more."""
+        """idx (B, T) tokens -> (B, T, C) before the final norm. With a filled cache (of sample.py) idx is one token."""
         first, T = cache.tokens if cache else 0, idx.size(1)
         if first + T > self.config.block_size:
             raise ValueError(f'a sequence of {first + T} tokens is longer than block_size = {self.config.block_size}')
@@ -342,7 +342,7 @@ class ReversibleStep(torch.autograd.Function):
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep them
         g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below is a frozen part, which wants no gradient, or x = p_{-1} = p_0
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below: frozen, and the sum unused, or x = p_{-1} = p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
             if ctx.depth == 0: tape.verify()
             tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # as ctx.saved above

@@ -135,7 +135,7 @@ def sensitivity():
     most = with_bits([8] * n_layer)
     table = {k: [most if k == 8 else with_bits([8] * j + [k] + [8] * (n_layer - 1 - j)) for j in tqdm(
         range(n_layer), f'{k} bits', leave=False, disable=not main)] for k in CHOICES}
-    say('\nKL(teacher, student) in nats per token, if the layer of the row has the bits of the column, and every other layer has 8\n'
+    say('\nKL(teacher, student) in nats per token. The layer of the row has the bits of the column, every other layer has 8\n'
         f'{"layer":>5}' + ''.join(f'{f"{k} bits":>10}' for k in CHOICES))
     for j in range(n_layer):
         say(f'{j:>5}' + ''.join(f'{table[k][j]:10.5f}' for k in CHOICES))
@@ -143,8 +143,8 @@ def sensitivity():
 
 def assign(table, budget):
     """
-    Bits per layer, at most budget on average: greedy, the largest gain per bit first. From a budget of 1 on every layer has at
-    least one bit, as what 0 bits do to a layer is hard to mend by tuning; but not the first one, whose two states are equal.
+    Bits per layer, at most budget on average: greedy, the largest gain per bit first. From a budget of 1 on, every layer but the
+    first has at least one bit: tuning hardly mends a layer without any. The first one needs none, as its two states are equal.
     """
     layers = range(len(table[0]))
     bits, choices = ([0] + [1] * (len(layers) - 1), CHOICES) if budget >= 1 else ([0] * len(layers), (0, 1))

@@ -247,9 +247,9 @@ def save_checkpoint(paths, checkpoint):
     become names of the same file, which is never changed, only replaced. A disk that is full ends the program in a sentence.
     """
     part = f'{paths[0]}.part'
-    for path in paths:                      # of a run that was killed in here: it may be the same file as a checkpoint
-        pathlib.Path(f'{path}.part').unlink(missing_ok=True)
     try:
+        for path in paths:                  # what a run left that was killed in here may be the same file as a checkpoint
+            pathlib.Path(f'{path}.part').unlink(missing_ok=True)
         with open(part, 'wb') as file:
             torch.save(dict(checkpoint, run=os.environ.get('TORCHELASTIC_RUN_ID')), file)
             file.flush()

@@ -223,7 +223,7 @@ def workshop(place):                                                    # noqa: 
     assert 'training taught/best.pt with teacher.py' in output
     lines = [line.split() for line in output.splitlines() if line.startswith(('teacher', 'midpoint(a), '))]
     assert [line[-2] for line in lines[1:]] != lines[0][-1] and len(lines) == 3
-    assert output.count('if the layer of the row has') == 1 and output.count('its layers have') == 2
+    assert output.count('The layer of the row has the bits of the column') == 1 and output.count('its layers have') == 2
     return place
 
 def final(place, path):                                                 # noqa: F811

@@ -410,7 +410,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
             return os.mkdir, (str(tmp_path / 'done'),)
 
     torch.save(dict(model={}, config={}, meta=Malice()), tmp_path / 'last.pt')
-    with pytest.raises(ValueError, match='is damaged, cut off'):
+    with pytest.raises(ValueError, match='is damaged, cut off, or not a checkpoint'):
         load_checkpoint(str(tmp_path / 'last.pt'))
     assert not (tmp_path / 'done').exists()
 
