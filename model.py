@@ -88,7 +88,10 @@ class GPTConfig:
             self.a = (a * 4).round().div(4).tolist()            # in quarters: 0 to 2 bits per element
 
     def coefficients(self):
-        """The Coefficients of every layer. BDIA (arXiv 2407.09093) draws a = 1/2 or -1/2 at every call, and has h = 1 + a."""
+        """
+        The Coefficients of every layer. BDIA (arXiv 2407.09093) has h = 1 + a, with a drawn from 1/2 and -1/2: here at every
+        call, so for each micro-batch and layer; in its paper for each sequence and layer.
+        """
         result, a, h = [], self.a, self.h
         if a == 'bdia':
             a = (torch.randint(2, (self.n_layer,), device='cpu') - 0.5).tolist()
@@ -233,7 +236,7 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA trains a standard net
+        if config.scheme == 'standard' or (config.a == 'bdia' and not (self.training and with_grad)):       # BDIA trains a standard net
             for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x

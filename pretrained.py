@@ -8,11 +8,11 @@ Weights and tokenizers of pretrained models: where they are found, and which of 
     model = GPT.from_pretrained('ckpt.pt', scheme='leapfrog', h=0.25)   # of nanoGPT; fields of GPTConfig to change
 
     python pretrained.py out/best.pt some/folder                        # the way back: a folder for transformers,
-    python pretrained.py out/best.pt ckpt.pt                            # or a checkpoint for nanoGPT, of a standard model
+    python pretrained.py out/best.pt ckpt.pt                            # or for nanoGPT's sample.py, of a standard model
 
 Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/, from
-https://huggingface.co or whatever the environment's HF_ENDPOINT says, with HF_TOKEN if it is set. What is wrong with a
-model is said in one ValueError; a download that fails ends the program (SystemExit).
+https://huggingface.co or whatever the environment's HF_ENDPOINT says, with HF_TOKEN if it is set, and with HF_HUB_OFFLINE=1 there
+are none. What is wrong with a model is said in one ValueError; a download that fails ends the program (SystemExit).
 """
 import json
 import math
@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.download import download, gpt2_encoding, publish, write_atomically
 from model import GPT, GPTConfig
-from runtime import load_checkpoint
+from runtime import load_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # from a name to its files
@@ -61,11 +61,14 @@ def hub_name(name):
                          'HuggingFaceTB/SmolLM2-135M, or gpt2, gpt2-medium, gpt2-large or gpt2-xl')
     return name
 
+def offline():
+    return os.environ.get('HF_HUB_OFFLINE') == '1'
+
 def find(name, file):
     """The path of a model's file, in its folder or downloaded into weights/; None if the model has no such file."""
     path = local(name, file)
     if not os.path.exists(path):
-        if os.path.isdir(name):
+        if os.path.isdir(name) or offline():
             return None
         host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
         url, token = f'{host}/{hub_name(name)}/resolve/main/{file}', os.environ.get('HF_TOKEN')
@@ -73,7 +76,8 @@ def find(name, file):
             status = requests.head(url, headers={'Authorization': f'Bearer {token}'} if token else {}, allow_redirects=True,
                                    timeout=30).status_code
         except requests.RequestException as error:
-            sys.exit(f'cannot reach {url} ({type(error).__name__}): check the connection and run the command again')
+            sys.exit(f'cannot reach {url} ({type(error).__name__}): check the connection and run the command again, or set '
+                     'HF_HUB_OFFLINE=1 to do with the files that are here')
         if status == 404:
             return None
         if status in (401, 403):                # the hub says so of models that do not exist, too
@@ -86,6 +90,7 @@ def need(name, file):
     path = find(name, file)
     if path is None:
         raise ValueError(f'{name} has no {file}' if os.path.isdir(name) else
+                         f'{local(name, file)} is not there, and HF_HUB_OFFLINE=1 forbids to download it' if offline() else
                          f'{name} is no folder here, and on the hub it has no {file}')
     return path
 
@@ -105,7 +110,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 def read_safetensors(path):
     """
     Name -> (shape, a function that reads the tensor), so that one is in memory at a time. The format: 8 bytes with the
-    length of a JSON header, the header, and the tensors' raw bytes.
+    length of a JSON header, the header, and the tensors' raw bytes. By hand, without the library safetensors: these lines need no
+    further package, and a damaged file is one sentence.
     """
     def read(start, n, dtype, shape):
         return torch.from_numpy(np.fromfile(path, np.uint8, n, offset=start)).view(dtype).view(shape)
@@ -266,7 +272,10 @@ def load_checkpoint_of_any(path):
         nano = False                            # load_checkpoint() says what is wrong
     if not nano:
         checkpoint = load_checkpoint(path)
-        return checkpoint['config'], one_part_each(checkpoint['model']), checkpoint['meta']
+        config = checkpoint['config']
+        if config.get('a') == 'bdia':               # which trains a standard model
+            config = dict(config, scheme='standard', a=None, stored_layers=None)
+        return config, one_part_each(checkpoint['model']), checkpoint['meta']
     config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
     weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
                if not name.endswith(BUFFERS)}
@@ -333,13 +342,16 @@ def build(name, **overrides):
 
 def export(source, target):
     """
-    Writes a standard model, source as for load(), in a form that other programs read: nanoGPT's ckpt.pt, if target ends in .pt,
-    or a folder for transformers' from_pretrained(). ValueError if they have no such architecture. nanoGPT computes GELU exactly,
-    and this model by GPT-2's tanh: there the logits agree to 1e-4.
+    Writes a standard model, source as for load(), in a form that other programs read: a folder for transformers'
+    from_pretrained(), or, if target ends in .pt, a checkpoint for nanoGPT's sample.py. (Its train.py resumes its own alone.) ValueError
+    if they have no such architecture, or target is there already. nanoGPT computes GELU exactly, and this model by GPT-2's tanh:
+    there the logits agree to 1e-4.
     """
     config, weights, meta = load(source)
     config = GPTConfig(**config)
-    if config.scheme != 'standard' and config.a != 'bdia':
+    if os.path.exists(target):
+        raise ValueError(f'{target} is there already: name another, or delete it')
+    if config.scheme != 'standard':
         raise ValueError(f'{source} is of scheme {config.scheme}, which no other program computes: sample, evaluate and train it here. '
                          "A model trained with --a=bdia is a standard one, and can be written")
     gpt2 = config.norm == 'layernorm' and config.mlp == 'gelu' and config.rope_theta is None and config.n_kv_head == config.n_head
@@ -349,28 +361,31 @@ def export(source, target):
         if not nano:
             raise ValueError(f'{source} is not of nanoGPT\'s architecture: name a folder instead of {target}, for transformers')
         args = {name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-        torch.save(dict(model={name: torch.cat([read() for read in parts]) for name, parts in weights.items()}, model_args=args,
-                        iter_num=0, best_val_loss=math.inf, config={}), target)
+        os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
+        save_checkpoint([target], dict(model=build(source)[0].state_dict(), model_args=args, iter_num=0, best_val_loss=math.inf, config={}))
         return
     if not gpt2 and not llama:
         raise ValueError(f'{source} is neither a GPT-2 nor a Llama, but something between them: transformers has no such model')
-    os.makedirs(target, exist_ok=True)
-    shared = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32')
+    own = meta['encoding'] == 'tokenizer.json'
+    files = {file: find(meta['model'], file) for file in TOKENIZER} if own else {}
+    ends = (read_json(need(meta['model'], 'config.json')) if own else
+            dict(bos_token_id=50256, eos_token_id=50256) if meta['encoding'] == 'gpt2' else {})
+    kept = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32',
+                bos_token_id=ends.get('bos_token_id'), eos_token_id=ends.get('eos_token_id'))
     if gpt2:
-        family, kept = 'gpt2', dict(
+        family, prefix = 'gpt2', 'transformer.'
+        kept.update(
             model_type='gpt2', architectures=['GPT2LMHeadModel'], n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
             n_head=config.n_head, n_inner=config.n_inner, activation_function='gelu_new', layer_norm_epsilon=config.norm_eps,
             resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
     else:
-        family, kept = 'llama', dict(
+        family, prefix = 'llama', 'model.'
+        kept.update(
             model_type='llama', architectures=['LlamaForCausalLM'], max_position_embeddings=config.block_size, hidden_size=config.n_embd,
             num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
             intermediate_size=config.n_inner, hidden_act='silu', rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta)
-    ends = ends_of_text(meta)
-    kept.update(shared, bos_token_id=None, eos_token_id=ends[0] if len(ends) == 1 else ends or None)
-    prefix = {'gpt2': 'transformer.', 'llama': 'model.'}[family]
     # transformers' GPT-2 has biases everywhere: those that ours lacks are 0
-    tensors, everything = {}, asdict(replace(config, bias=gpt2, scheme='standard', a=None, h=None, stored_layers=None))
+    tensors, everything = {}, asdict(replace(config, bias=gpt2))
     for name, shape, sources, transposed in layout(family, everything):
         first = 0
         for their_name, rows in sources:
@@ -382,11 +397,18 @@ def export(source, target):
             tensors[their_name if name == 'lm_head.weight' else prefix + their_name] = (
                 shape[::-1] if transposed else (rows, *shape[1:]), read)
             first += rows
-    write_safetensors(os.path.join(target, 'model.safetensors'), tensors)
-    for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'):
-        if meta['encoding'] == 'tokenizer.json' and (path := find(meta['model'], file)):
-            shutil.copyfile(path, os.path.join(target, file))
-    write_atomically(os.path.join(target, 'config.json'), json.dumps(kept, indent=2).encode())
+    part = f'{target}.part'                     # gets its name when all is there
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    write_safetensors(os.path.join(part, 'model.safetensors'), tensors)
+    for file, path in files.items():
+        if path:
+            shutil.copyfile(path, os.path.join(part, file))
+    for file, fields in (('config.json', kept), *[('meta.json', meta)] * (not own)):     # meta.json: for tokens_of()
+        write_atomically(os.path.join(part, file), json.dumps(fields, indent=2).encode())
+    os.replace(part, target)
+
+TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'
 
 def write_safetensors(path, tensors):
     """
@@ -414,8 +436,12 @@ def tokens_of(name):
         return load_checkpoint_of_any(name)[2]
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
+    if os.path.exists(meta := os.path.join(name, 'meta.json')):         # of export()
+        return read_json(meta)
     if family == 'gpt2':                        # with tokens of its own, or those of OpenAI: the last one is ' gazed'
         own = None if not os.path.isdir(name) and hub_name(name).startswith('openai-community/') else find(name, 'tokenizer.json')
+        if own is None and config['vocab_size'] < 50257:
+            return dict(encoding='unknown')
         if own is None or '"Ġgazed": 50255' in json.dumps(read_json(own), ensure_ascii=False):
             return dict(encoding='gpt2', vocab_size=50257)
     return dict(encoding='tokenizer.json', model=name, vocab_size=config['vocab_size'])
@@ -441,7 +467,7 @@ def tokenizer(meta):
         own.no_padding()
         return lambda text: own.encode(text).ids, own.decode
     if meta['encoding'] == 'unknown':
-        raise ValueError('the checkpoint does not say how its text became tokens')
+        raise ValueError('the model does not say how its text became tokens')
     gpt2 = gpt2_encoding()
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
 

@@ -360,7 +360,7 @@ def alive(scheme, n_layer):
     loss.backward()
     return sizes
 
-@pytest.mark.parametrize('scheme, k', [*[(scheme, 0) for scheme in SCHEMES[:3]], (SCHEMES[6], 0), (dict(SCHEMES[8], h=1.5), 1),
+@pytest.mark.parametrize('scheme, k', [*[(scheme, 0) for scheme in SCHEMES[:3]], (SCHEMES[6], 0), (BDIA, 1), (dict(SCHEMES[8], h=1.5), 1),
                                        *[(dict(scheme='midpoint_a', a=1 / 2**k), k) for k in (1, 2, 4, 8)]])
 def test_only_the_last_pair_and_the_bits_live_until_backward(scheme, k):
     few, many, elements = alive(scheme, 2), alive(scheme, 12), B * T * 32

@@ -45,7 +45,7 @@ def llama_tensors(dtype=torch.float32):
     return {f'{name}.weight': torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 def llama_folder(folder, tensors=None, **changes):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / 'config.json').write_text(json.dumps({**LLAMA, **changes}))
     write_safetensors(folder / 'model.safetensors', tensors or llama_tensors())
     return str(folder)
@@ -313,17 +313,47 @@ def test_transformers_reads_what_is_written(config, tmp_path):
         want = ours.lm_head(ours.hidden(idx))
         assert (theirs.eval()(idx).logits - want).abs().max() <= 1e-5 * want.abs().max()
         assert (again.lm_head(again.hidden(idx)) - want).abs().max() <= 1e-5 * want.abs().max()
-    assert again.config.block_size == 64 and again.config.tied == ours.config.tied
+    assert again.config.block_size == 64 and again.config.tied == ours.config.tied and again.config.scheme == 'standard'
 
-def test_its_tokenizer_goes_along(tmp_path):
+def test_its_tokenizer_goes_along(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip('tokenizers')
-    folder = llama_folder(tmp_path / 'model', eos_token_id=[3, 5])
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    folder = llama_folder(tmp_path / 'model', eos_token_id=[3, 5], bos_token_id=1)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0, 'to': 1, 'be': 2, 'or': 3}, unk_token='<unk>'))
     words.save(str(tmp_path / 'model' / 'tokenizer.json'))
     path, _ = written(tmp_path, LLAMA_LIKE, dict(encoding='tokenizer.json', model=folder, vocab_size=97))
     export(path, str(tmp_path / 'folder'))
     model, meta = build(str(tmp_path / 'folder'))
     assert ends_of_text(meta) == [3, 5] and tokenizer(meta)[0]('be') == [2]
+    transformers = pytest.importorskip('transformers')
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'folder')('be')['input_ids'] == [2]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / 'folder').bos_token_id == 1
+
+@pytest.mark.parametrize('encoding', [dict(encoding='bytes', vocab_size=256), dict(encoding='chars', chars=['a', 'b'], vocab_size=2)], ids=str)
+def test_tokens_that_no_library_has_are_those_of_before(tmp_path, encoding):
+    path, _ = written(tmp_path, GPT2_LIKE, encoding)
+    export(path, str(tmp_path / 'folder'))
+    assert build(str(tmp_path / 'folder'))[1] == encoding
+    (tmp_path / 'folder' / 'meta.json').unlink()
+    with pytest.raises(ValueError, match='the model does not say how its text became tokens'):
+        tokenizer(build(str(tmp_path / 'folder'))[1])
+
+def test_nothing_that_is_there_is_overwritten(tmp_path):
+    path, _ = written(tmp_path, GPT2_LIKE)
+    before = (tmp_path / 'best.pt').read_bytes()
+    for target in (path, str(tmp_path)):
+        with pytest.raises(ValueError, match='is there already: name another, or delete it'):
+            export(path, target)
+    assert (tmp_path / 'best.pt').read_bytes() == before and os.listdir(tmp_path) == ['best.pt']
+    export(path, str(tmp_path / 'new' / 'ckpt.pt'))
+
+def test_without_a_network_the_files_that_are_here_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with pytest.raises(ValueError, match='weights/some/model/config.json is not there, and HF_HUB_OFFLINE=1 forbids to download it'):
+        build('some/model')
+    llama_folder(tmp_path / 'weights' / 'some' / 'model')
+    assert build('some/model')[1]['model'] == 'some/model'
 
 def test_nanogpt_reads_what_is_written(tmp_path):
     """Its train.py and sample.py take these two keys of ckpt.pt; the names of the weights are ours."""
@@ -332,6 +362,7 @@ def test_nanogpt_reads_what_is_written(tmp_path):
     nano = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert nano['model_args'] == dict(n_layer=3, n_head=4, n_embd=32, block_size=64, bias=False, vocab_size=97, dropout=0.0)
     assert {'iter_num', 'best_val_loss', 'config'} < nano.keys() and nano['model'].keys() == ours.state_dict().keys()
+    assert nano['model']['lm_head.weight'].data_ptr() == nano['model']['transformer.wte.weight'].data_ptr()     # one matrix, once in the file
     again = GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in ours.state_dict().items())
 

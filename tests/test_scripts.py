@@ -120,7 +120,15 @@ def test_bdia_resumes_bit_for_bit(place):
     train(place, 'signs_stopped', init_from='resume', **flags)
     for name, weight in weights(place, 'signs').items():
         assert torch.equal(weight, weights(place, 'signs_stopped')[name]), name
-    assert len(train(place, 'signs_of_two', processes=2, **flags)) > 2
+    train(place, 'signs_auto', stored_layers='auto', memory_gb=0.1, **flags)
+    for name, weight in weights(place, 'signs').items():
+        assert torch.equal(weight, weights(place, 'signs_auto')[name]), name
+
+def test_bdia_of_two_processes_stored_or_rebuilt(place):
+    for stored in (0, 2):
+        train(place, f'signs_of_two{stored}', processes=2, scheme='midpoint_a', a='bdia', stored_layers=stored)
+    for name, weight in weights(place, 'signs_of_two0').items():
+        assert torch.equal(weight, weights(place, 'signs_of_two2')[name]), name
 
 def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     """As after a power cut: the log knows steps that last.pt does not."""
