@@ -1,31 +1,38 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # many hours; it goes on where it stopped
-    OMP_NUM_THREADS=1 python results/compare.py --share=0/2 & OMP_NUM_THREADS=1 python results/compare.py --share=1/2
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # ten hours on one core; it goes on where it stopped
+    OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # beside it, on a second core
     python results/compare.py --table                                                   # of what is there
 
-A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. A run's validation losses
-go to results/compare.csv. A stage begins when every run of those before it is there: each learning rate at the first h on seed 1;
-each h at the best of these rates; the best of both on seeds 2 to 4; 24 layers, seed 1; h by depth and by length of training, leapfrog. BDIA is
-midpoint_a whose a is drawn anew at every step. The counterpart of h in standard is a factor before f, which no flag of train.py sets.
+A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. The last validation loss of a run
+goes to results/compare.csv (inf if it diverged), all of them to results/loss/. Part by part:
+
+1. Seed 1: from START, each scheme goes to its best neighbour, until h / 2, 2 h, rate / 2, 2 rate and 4 rate all do worse.
+2. The best of each scheme on seeds 2, 3 and 4.
+3. The same twice as deep, seed 1. h is halved there: h times the number of layers is the time that is integrated over.
+4. Leapfrog's best h by depth, with half the tokens, and by length of training, both at its best rate.
+
+BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
+no flag of train.py sets.
 """
 import csv
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-from itertools import product
+import time
+from itertools import combinations, product
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = os.path.join(ROOT, 'results', 'compare.csv')
-RATES = 1e-3, 2e-3, 4e-3, 8e-3
-SIZES = {'standard': (1.0, 0.25, 0.5), 'midpoint': (0.125, 0.0625, 0.25), 'leapfrog': (0.25, 0.125, 0.5), 'symplectic': (None,),
-         'midpoint_a': (0.25, 0.125, 0.5), 'bdia': (None,)}        # h: the rates are tried with the first
+START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 8e-3), 'symplectic': (None, 8e-3),
+         'midpoint_a': (0.25, 8e-3), 'bdia': (None, 8e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
-DEPTHS = {4: (0.25, 0.5, 1.0), 8: (0.25, 0.5, 1.0), 16: (0.125, 0.25, 0.5), 32: (0.0625, 0.125, 0.25)}      # leapfrog's h, by layers
-LENGTH = 1465                               # steps of 2048 tokens: 3.0M
+LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
+SIZES = *((layers, LENGTH // 2) for layers in (4, 8, 16, 32)), (LAYERS, LENGTH // 4), (LAYERS, LENGTH)        # of part 4: (layers, steps)
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -33,7 +40,7 @@ def name_of(scheme, h, rate, seed, layers, steps):
 
 def command(scheme, h, rate, seed, layers, steps):
     flags = dict(scheme=scheme, h=h, learning_rate=rate, min_lr=rate / 10, seed=seed, n_layer=layers, stored_layers=layers, max_iters=steps,
-                 lr_decay_iters=steps, eval_interval=steps // 3, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
+                 lr_decay_iters=steps, eval_interval=steps // 5, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
     script = ['train.py']
     if scheme == 'bdia':
         flags.update(scheme='midpoint_a', a='bdia')
@@ -51,71 +58,119 @@ def found():
         return {(row['scheme'], float(row['h']) if row['h'] else None, float(row['lr']), int(row['seed']), int(row['layers']), int(row['steps'])):
                 float(row['val_loss']) for row in csv.DictReader(file)}
 
-def best_rate(losses, scheme):
-    """Of the lowest loss on seed 1, at the first h."""
-    return min(RATES, key=lambda rate: losses[scheme, SIZES[scheme][0], rate, 1, 12, LENGTH])
+def made(*key):
+    """The loss of a run, which is made if it is not there. Another process may be at it: then this one waits."""
+    while (loss := found().get(key)) is None:
+        result = subprocess.run(command(*key), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if 'is in use by another run' in result.stderr:
+            time.sleep(30)
+            continue
+        diverged = result.returncode and 'loss is' in result.stderr         # train.py's sentence about inf and NaN
+        if result.returncode and not diverged:
+            sys.exit(result.stderr)
+        log = os.path.join(ROOT, 'out_compare', name_of(*key), 'log.csv')
+        shutil.copyfile(log, os.path.join(ROOT, 'results', 'loss', f'{name_of(*key)}.csv'))
+        with open(log, newline='') as file:
+            loss = 'inf' if diverged else [row['val_loss'] for row in csv.DictReader(file) if row['val_loss']][-1]
+        with open(TABLE, 'a', newline='') as file:
+            writer = csv.writer(file)
+            if not file.tell():
+                writer.writerow(['scheme', 'h', 'lr', 'seed', 'layers', 'steps', 'val_loss'])
+            writer.writerow(['' if value is None else value for value in key] + [loss])
+        print(name_of(*key), loss, flush=True)
+    return loss
 
-def best(losses, scheme):
-    """(h, rate) of the lowest loss on seed 1."""
-    rate = best_rate(losses, scheme)
-    return min(SIZES[scheme], key=lambda h: losses[scheme, h, rate, 1, 12, LENGTH]), rate
+def there(*key):
+    return found()[key]
 
-def stages():
-    """Lists of runs; each list follows from the losses of those before it."""
-    yield [(scheme, sizes[0], rate, 1, 12, LENGTH) for scheme, sizes in SIZES.items() for rate in RATES]
-    losses = found()
-    yield [(scheme, h, best_rate(losses, scheme), 1, 12, LENGTH) for scheme, sizes in SIZES.items() for h in sizes]
-    losses = found()
-    yield [(scheme, *best(losses, scheme), seed, 12, LENGTH) for seed, scheme in product(SEEDS, SIZES)]
-    # twice as deep: the step size is halved, as h * layers is what leapfrog and midpoint integrate over
-    yield [(scheme, h if scheme == 'standard' else h and h / 2, rate, 1, 24, LENGTH) for scheme in SIZES for h, rate in [best(losses, scheme)]]
-    rate = best(losses, 'leapfrog')[1]
-    yield [('leapfrog', h, rate, 1, layers, LENGTH // 2) for layers, sizes in DEPTHS.items() for h in sizes]
-    yield [('leapfrog', h, rate, 1, 12, steps) for steps, h in product((LENGTH // 4, LENGTH), (0.25, 0.5, 1.0))]
+def climb(loss, scheme, start, layers=LAYERS, steps=LENGTH, rates=(1 / 2, 2, 4)):
+    """(h, rate) of the lowest loss on seed 1: from start to the best neighbour, until none is better."""
+    h, rate = start
+    while True:
+        near = [(h, rate), *((h, rate * k) for k in rates), *((h * k, rate) for k in (1 / 2, 2) if h)]
+        lowest = min(near, key=lambda point: loss(scheme, *point, 1, layers, steps))
+        if lowest == (h, rate):
+            return lowest
+        h, rate = lowest
 
-def run(key):
-    subprocess.run(command(*key), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    log = os.path.join(ROOT, 'out_compare', name_of(*key), 'log.csv')
-    with open(log, newline='') as file:
-        loss = [row['val_loss'] for row in csv.DictReader(file) if row['val_loss']][-1]
-    new = not os.path.exists(TABLE)
-    with open(TABLE, 'a', newline='') as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(['scheme', 'h', 'lr', 'seed', 'layers', 'steps', 'val_loss'])
-        writer.writerow(['' if value is None else value for value in key] + [loss])
-    print(name_of(*key), loss, flush=True)
+def best(loss, scheme):
+    return climb(loss, scheme, START[scheme])
+
+def deep(loss, scheme):
+    """The run of part 3."""
+    h, rate = best(loss, scheme)
+    return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, 2 * LAYERS, LENGTH
+
+def leapfrog(loss, layers, steps):
+    """Its best h at this depth and length. The search begins at the power of 2 next to 3 / layers."""
+    rate = best(loss, 'leapfrog')[1]
+    return climb(loss, 'leapfrog', (2.0 ** round(math.log2(3 / layers)), rate), layers, steps, rates=())[0]
+
+def parts():
+    """Lists of functions that make runs."""
+    yield [lambda scheme=scheme: best(made, scheme) for scheme in START]
+    yield [lambda scheme=scheme, seed=seed: made(scheme, *best(made, scheme), seed, LAYERS, LENGTH) for seed, scheme in product(SEEDS, START)]
+    yield [lambda scheme=scheme: made(*deep(made, scheme)) for scheme in START]
+    yield [lambda size=size: leapfrog(made, *size) for size in SIZES]
+
+def two_sided(t, degrees):
+    """p of Student's t, for an even number of degrees of freedom (Abramowitz and Stegun, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    term, total = 1.0, 1.0
+    for k in range(1, degrees // 2):
+        term *= (2 * k - 1) / (2 * k) * math.cos(angle) ** 2
+        total += term
+    return 1 - math.sin(angle) * total
 
 def table():
-    losses = found()
-    print('seed 1, every learning rate')
-    for scheme in SIZES:
-        for h in SIZES[scheme]:
-            row = [losses.get((scheme, h, rate, 1, 12, LENGTH)) for rate in RATES]
-            print(f'{scheme:12}{h if h is not None else "":>8}' + ''.join(f'{loss:10.4f}' if loss else f'{"-":>10}' for loss in row))
-    try:
-        chosen = {scheme: [losses[scheme, *best(losses, scheme), seed, 12, LENGTH] for seed in SEEDS] for scheme in SIZES}
-    except KeyError:
-        return
-    print('\nthe best of each on seeds 2 to 4: mean, standard deviation, difference to standard with its own, p of a paired t-test')
-    for scheme, row in chosen.items():
-        differences = [one - other for one, other in zip(row, chosen['standard'])]
-        mean, spread = statistics.mean(differences), statistics.stdev(differences)
-        t = mean / (spread / math.sqrt(3)) if spread else 0.0
-        print(f'{scheme:12}{best(losses, scheme)}' + ''.join(f'{loss:9.4f}' for loss in row) + f'{statistics.mean(row):10.4f}'
-              f'{statistics.stdev(row):9.4f}{mean:+10.4f}{spread:9.4f}{1 - abs(t) / math.sqrt(2 + t * t):8.3f}')      # two-sided, 2 degrees of freedom
-    print('\nother depths and lengths, seed 1')
-    for (scheme, h, rate, _, layers, steps), loss in losses.items():
-        if (layers, steps) != (12, LENGTH):
-            print(f'{scheme:12} h {h}, learning rate {rate:g}, {layers} layers, {steps} steps: {loss:.4f}')
+    losses, loss = found(), there
+    for scheme in START:
+        runs = {key: value for key, value in losses.items() if key[0] == scheme and key[3:] == (1, LAYERS, LENGTH)}
+        for h in sorted({key[1] for key in runs}, key=lambda h: h or 0):
+            print(f'{scheme:12}{"" if h is None else h:>8}' + ''.join(f'{rate:10g}:{value:7.4f}' for (_, its_h, rate, *_), value in sorted(
+                runs.items(), key=lambda run: run[0][2]) if its_h == h))
+    print('\nthe best of each, seeds 2 to 4: mean and standard deviation')
+    rows = {scheme: [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS] for scheme in START}
+    for scheme, row in rows.items():
+        print(f'{scheme:12}{best(loss, scheme)}' + ''.join(f'{value:9.4f}' for value in row) + f'{statistics.mean(row):10.4f}{statistics.stdev(row):9.4f}')
+    print('\neach pair: difference of the means, p of a paired t-test, p after Holm')
+    for one, other, difference, p, corrected in pairs(rows):
+        print(f'{one:12}{other:12}{difference:+9.4f}{p:9.4f}{corrected:9.4f}')
+    print('\ntwice as deep, seed 1')
+    for scheme in START:
+        print(name_of(*deep(loss, scheme)), loss(*deep(loss, scheme)))
+    print('\nleapfrog: the best h, and all that were tried')
+    for layers, steps in SIZES:
+        h = leapfrog(loss, layers, steps)
+        rate = best(loss, 'leapfrog')[1]
+        print(f'{layers} layers, {steps} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
+              if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, steps)))
+
+def pairs(rows):
+    """
+    (one, other, difference of their means, p, p corrected after Holm for all pairs) of a paired t-test. Runs of a seed share their
+    data. What is left of the losses without the means of schemes and of seeds is the noise: one variance for all, as in an
+    analysis of variance with blocks.
+    """
+    n, everything = len(SEEDS), statistics.mean(sum(rows.values(), []))
+    of_seed = [statistics.mean(column) for column in zip(*rows.values())]
+    degrees = (len(rows) - 1) * (n - 1)
+    variance = sum((value - statistics.mean(row) - seed + everything) ** 2 for row in rows.values() for value, seed in zip(row, of_seed)) / degrees
+    result = []
+    for one, other in combinations(rows, 2):
+        difference = statistics.mean(rows[one]) - statistics.mean(rows[other])
+        result.append((one, other, difference, two_sided(difference / math.sqrt(2 * variance / n), degrees)))
+    corrected, highest = {}, 0.0
+    for i, pair in enumerate(sorted(result, key=lambda pair: pair[3])):
+        highest = corrected[pair] = max(highest, min(1.0, (len(result) - i) * pair[3]))
+    return [(*pair, corrected[pair]) for pair in result]
 
 if __name__ == '__main__':
-    share, of = map(int, next((arg for arg in sys.argv[1:] if arg.startswith('--share=')), '--share=0/1')[8:].split('/'))
-    for stage in [] if '--table' in sys.argv else stages():
-        stage = list(dict.fromkeys(stage))
-        for key in stage[share::of]:
-            if key not in found():
-                run(key)
-        if missing := [key for key in stage if key not in found()]:
-            sys.exit(f'{len(missing)} runs of this stage are another process\'s: run this again when it has made them')
-    table()
+    for part in [] if '--table' in sys.argv else parts():
+        middle = len(part) // 2 * ('--from=middle' in sys.argv)
+        for work in part[middle:] + part[:middle]:
+            work()
+    try:
+        table()
+    except KeyError as missing:
+        print(f'the run {name_of(*missing.args[0])} is not there yet')
