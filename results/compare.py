@@ -6,7 +6,7 @@ Schemes compared: each with the learning rate and the step size h that do best f
     python results/compare.py --table                                                   # of what is there
 
 A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. The last validation loss of a run
-goes to results/compare.csv (inf if it diverged), all of them to results/loss/. Part by part:
+goes to results/compare.csv (inf if it diverged), all of them to results/compare/. Part by part:
 
 1. Seed 1: from START, each scheme goes to its best neighbour, until h / 2, 2 h, rate / 2, 2 rate and 4 rate all do worse.
 2. The best of each scheme on seeds 2, 3 and 4.
@@ -69,7 +69,8 @@ def made(*key):
         if result.returncode and not diverged:
             sys.exit(result.stderr)
         log = os.path.join(ROOT, 'out_compare', name_of(*key), 'log.csv')
-        shutil.copyfile(log, os.path.join(ROOT, 'results', 'loss', f'{name_of(*key)}.csv'))
+        os.makedirs(TABLE.removesuffix('.csv'), exist_ok=True)
+        shutil.copyfile(log, os.path.join(TABLE.removesuffix('.csv'), f'{name_of(*key)}.csv'))
         with open(log, newline='') as file:
             loss = 'inf' if diverged else [row['val_loss'] for row in csv.DictReader(file) if row['val_loss']][-1]
         with open(TABLE, 'a', newline='') as file:
