@@ -53,7 +53,7 @@ def print_help(knobs):
 def literal(text):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):       # of literals too long or too deep
         return text                 # text without quotes, such as the scheme's name
 
 def read_file(path):
@@ -65,14 +65,14 @@ def read_file(path):
             return [(target.id, ast.literal_eval(line.value)) for line in ast.parse(file.read()).body
                     if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))    # a docstring
                     for target in line.targets]
-        except (AttributeError, ValueError, SyntaxError, TypeError):
+        except (AttributeError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             sys.exit(f'{path} may hold comments and lines such as "batch_size = 8", and nothing else')
 
 def checked(name, value, kind):
     """The value, if it is of this kind (a type or a union of types); a whole number will do for a float."""
     kinds = get_args(kind) or (kind,)
     if type(value) is int and int not in kinds and float in kinds:
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else math.inf
     if type(value) not in kinds:
         expected = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
         sys.exit(f'{name} = {value!r} is of type {type(value).__name__}: expected {expected}')
@@ -113,7 +113,7 @@ def check_config(config, schemes, default_h):
         must(size % n == 0, f'{name} = {size} must be divisible by {parts} = {n}')
     weights = config.n_embd * (config.n_layer * (2 * config.n_embd + 2 * config.n_inner) + config.vocab_size + config.block_size)
     must(weights < 2**40 and config.n_layer <= 10000, f'n_layer = {config.n_layer}, n_embd = {config.n_embd}, n_inner = {config.n_inner}, '
-         f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: that makes {weights:.1e} weights, more than any machine holds')
+         f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: these are too many weights for any machine')
     hs = config.n_embd // config.n_head
     must(config.rope_theta is None or hs % 2 == 0 and config.rope_theta > 0,
          f'rotary positions need an even n_embd / n_head, not {hs}, and a rope_theta above 0, not {config.rope_theta}')

@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.download import download, gpt2_encoding, publish, write_atomically
 from model import GPT, GPTConfig
-from runtime import load_checkpoint, save_checkpoint
+from runtime import OURS, load_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # from a name to its files
@@ -98,7 +98,7 @@ def read_json(path):
     with open(path, encoding='utf-8') as file:
         try:
             return dict(json.load(file))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f'{path} is damaged: delete it and fetch it again') from None
 
 # -----------------------------------------------------------------------------
@@ -126,10 +126,10 @@ def read_safetensors(path):
                 raise ValueError
             for name, entry in header.items():
                 (start, end), dtype, shape = entry['data_offsets'], DTYPES[entry['dtype']], torch.Size(entry['shape'])
-                if end - start != shape.numel() * dtype.itemsize:
+                if type(start) is not int or start < 0 or end - start != shape.numel() * dtype.itemsize:
                     raise ValueError
                 tensors[name] = shape, partial(read, 8 + length + start, end - start, dtype, shape)
-        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
+        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError, RecursionError):
             raise ValueError(f'{path} is cut off, or no safetensors file: delete it and fetch it again') from None
     return tensors
 
@@ -158,6 +158,7 @@ LLAMA = {'transformer.wte': ['embed_tokens'], 'transformer.ln_f': ['norm'], 'lm_
          'ln_2': ['post_attention_layernorm'], 'mlp.c_proj': ['mlp.down_proj'],
          'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj']}
 FAMILIES = {'gpt2': (GPT2, 'h'), 'llama': (LLAMA, 'layers')}
+NANOGPTS = {'model', 'model_args'}          # dicts in its checkpoints
 # buffers that older versions of transformers saved with the weights
 BUFFERS = '.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'
 
@@ -265,20 +266,18 @@ def load(name):
 
 def load_checkpoint_of_any(path):
     """As load(), of a checkpoint of train.py, of retrofit.py or of nanoGPT."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        nano = {'model_args', 'model'} <= checkpoint.keys()
-    except Exception:
-        nano = False                            # load_checkpoint() says what is wrong
-    if not nano:
-        checkpoint = load_checkpoint(path)
-        config = checkpoint['config']
-        if config.get('a') == 'bdia':               # which trains a standard model
+    checkpoint = load_checkpoint(path, OURS, NANOGPTS)
+    weights = checkpoint['model']
+    if OURS <= checkpoint.keys():
+        config, meta = checkpoint['config'], checkpoint['meta']
+        if config.get('a') == 'bdia':           # which trains a standard model
             config = dict(config, scheme='standard', a=None, stored_layers=None)
-        return config, one_part_each(checkpoint['model']), checkpoint['meta']
-    config, weights = dict(checkpoint['model_args'], scheme='standard'), checkpoint['model']
-    weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
-               if not name.endswith(BUFFERS)}
+    else:
+        config = dict(checkpoint['model_args'], scheme='standard')
+        weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
+                   if not name.endswith(BUFFERS)}
+        # nanoGPT's checkpoints do not name the encoding: a vocabulary of this size is GPT-2's
+        meta = dict(encoding='gpt2', vocab_size=50257) if config.get('vocab_size', 0) >= 50257 else dict(encoding='unknown')
     if unknown := config.keys() - GPTConfig.__dataclass_fields__.keys():
         raise ValueError(f'{path} has a field {min(unknown)} of the config which is not known here')
     for name, shape in shapes(config).items():
@@ -287,8 +286,6 @@ def load_checkpoint_of_any(path):
         if weights[name].shape != shape:
             raise ValueError(f'{path}: {name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}')
     nothing_left(weights.keys() - shapes(config).keys(), path)
-    # nanoGPT's checkpoints do not name the encoding: a vocabulary of this size is GPT-2's
-    meta = dict(encoding='gpt2', vocab_size=50257) if config['vocab_size'] >= 50257 else dict(encoding='unknown')
     return config, one_part_each(weights), meta
 
 def one_part_each(weights):

@@ -342,6 +342,7 @@ try:
     if teacher.config.scheme != 'standard':
         fail(f'{knobs.teacher} is of scheme {teacher.config.scheme}: the teacher must be a standard model')
     same_tokens(knobs.teacher, teacher_meta, f'data/{knobs.dataset}', meta)
+    converted(teacher.config, 'symplectic', None, knobs.stored_layers)      # complains if there are not so many layers
 except ValueError as error:
     fail(str(error))
 if knobs.block_size > teacher.config.block_size:

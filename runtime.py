@@ -5,6 +5,7 @@ validation, the log, tables.
 Knobs keep their names here. Every process runs the same lines; only the first prints and writes.
 """
 import csv
+import errno
 import gc
 import inspect
 import json
@@ -34,7 +35,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tqdm import tqdm
 
 from configurator import machine
-from data.download import crc32, fcntl
+from data.download import crc32, crc32_of_fields, fcntl
 from model import GPT, advance, chunk_loss, rebuild
 
 # -----------------------------------------------------------------------------
@@ -84,18 +85,24 @@ def start(knobs):
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'), skipped=0)
 
 def explain(kind, error, traceback):
-    """As sys.excepthook: that memory is lacking, or another process gone, is one sentence; any other error is shown as ever."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    """As sys.excepthook: that memory or room is lacking, or another process gone, is one sentence; any other error is shown as ever."""
+    said = str(error).lower()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said or 'out of memory' in said:
         print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
-    elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in str(error).lower()):
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        print(f'there is no room to write ({error.strerror}): make room, and run the command again', file=sys.stderr)
+    elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in said or 'timed out' in said):
         print(f'process {rank} has lost the others: what ended one of them is said above', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 def restarted(last):
-    """Whether torchrun has started all processes again (--max_restarts), and last is of this same run. ValueError if it is damaged."""
-    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(last)
-            and load_checkpoint(last).get('run') == os.environ['TORCHELASTIC_RUN_ID'])
+    """
+    Whether last is of this same run of torchrun, which has started the processes again (--max_restarts). Each run has an id: of its own with
+    --standalone, otherwise what --rdzv_id says, or 'none'. ValueError if last is damaged.
+    """
+    run = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+    return run != 'none' and os.path.exists(last) and load_checkpoint(last).get('run') == run
 
 def leave():
     """
@@ -135,12 +142,14 @@ def open_data(knobs):
                       for split in ('train', 'val'))
         train.vocab_size = val.vocab_size = int(meta['vocab_size'])
         # one process on a machine reads all of it, some seconds a gigabyte: what training reads is what was prepared
-        damaged = [split for split in meta.get('crc32', ()) if local_rank == 0
-                   and crc32(os.path.join(folder, f'{split}.bin')) != meta['crc32'][split]]
+        sums = meta.get('crc32', {})
+        damaged = [f'{split}.bin' for split in ('train', 'val') if local_rank == 0 and split in sums
+                   and crc32(os.path.join(folder, f'{split}.bin')) != sums[split]]
+        damaged += ['meta.json'] * ('meta' in sums and crc32_of_fields(meta) != sums['meta'])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f'there is no data in {folder}, or not all of it: run "{prepare}" first')
     if damaged:
-        fail(f'{folder}/{damaged[0]}.bin is not as it was prepared: run "{prepare}" again')
+        fail(f'{folder}/{damaged[0]} is not as it was prepared: run "{prepare}" again')
     if min(len(train), len(val)) <= knobs.block_size:
         fail(f'{folder} has {len(train)} training and {len(val)} validation tokens, too few for '
              f'block_size = {knobs.block_size}: choose a smaller block_size')
@@ -150,7 +159,7 @@ def windows(data, starts, T, device):
     """Inputs and targets, both (rows, T), from these places of the data."""
     x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
     if (largest := int(x.max())) >= data.vocab_size:
-        fail(f'{data.filename} has a token {largest}, and its meta.json says that there are {data.vocab_size}: prepare it again')
+        sys.exit(f'{data.filename} has a token {largest}, and its meta.json says that there are {data.vocab_size}: prepare it again')
     if device.type == 'cuda':
         x = x.pin_memory().to(device, non_blocking=True)
     return x[:, :-1].to(device), x[:, 1:].to(device)
@@ -266,8 +275,10 @@ def save_checkpoint(paths, checkpoint):
             pathlib.Path(f'{path}.part').unlink(missing_ok=True)
         fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is as it was')
 
-def load_checkpoint(path):
-    """The dict of save_checkpoint. ValueError if the file is missing or damaged."""
+OURS = {'model', 'config', 'meta'}         # dicts that each checkpoint has
+
+def load_checkpoint(path, *kinds):
+    """The dict of save_checkpoint, or one with all dicts of one of these kinds. ValueError if the file is missing or damaged."""
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}')
     try:                                    # what damage raises depends on the byte; torch.load reads no checksums
@@ -278,7 +289,7 @@ def load_checkpoint(path):
         checkpoint = None if broken else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception:
         checkpoint = None
-    if not isinstance(checkpoint, dict) or not {'model', 'config', 'meta'} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not any(all(isinstance(checkpoint.get(key), dict) for key in kind) for kind in kinds or [OURS]):
         raise ValueError(f'{path} is damaged, cut off, or not a checkpoint of these scripts: use another one')
     return checkpoint
 
@@ -332,8 +343,9 @@ def open_log(folder, columns, step):
     if main:
         rows = []
         if step and os.path.exists(path):   # a run that was killed has logged steps that its checkpoint does not know
-            with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) if row['step'].isdigit() and int(row['step']) <= step]
+            with open(path, newline='', errors='replace') as file:
+                text = file.read().replace('\0', '').splitlines()       # of a power cut
+            rows = [row for row in csv.DictReader(text) if (row.get('step') or '').isdecimal() and int(row['step']) <= step]
         try:
             os.makedirs(folder, exist_ok=True)
             if fcntl:                       # Windows has no such locks

@@ -4,12 +4,13 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py                                # two CPU cores, some minutes
     python train.py config/gpt2_rev.py                                  # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --max_restarts=3 \\
-        train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=NAME --max_restarts=3 \\
+        train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # out_dir on a disk of both machines
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
 It writes log.csv, last.pt (at every evaluation after step 0, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
+When torchrun starts the processes again, or is itself started again with the same --rdzv_id, the run goes on from its last.pt.
 A run that goes on is the same bit for bit where kernels are deterministic: on a CPU. On a GPU the backward pass of attention
 adds up in another order each time, so that not even two runs from the same start are the same.
 What it trains on is a function of seed and step alone: neither the number of processes, nor how a step is cut into
@@ -89,6 +90,17 @@ PASSING = dict(dropout=knobs.dropout, exact=knobs.exact, verify=knobs.verify, sl
 checkpoint, step, best_val_loss = None, 0, math.inf
 last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt'))
 torch.manual_seed(knobs.seed)
+
+def fitting(config):
+    """The config, if this machine can hold such a model: otherwise the end, in a sentence. A GPU says so itself."""
+    with torch.device('meta'):              # no memory yet
+        n = count_parameters(GPT(config))
+    there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
+    if here.kind == 'cpu' and 16 * n > there:
+        fail(f'{n:,} weights take {16 * n / 1e9:,.0f} GB with gradients and moments, and this machine has {there / 1e9:.0f} GB: '
+             'choose a smaller model')
+    return config
+
 try:
     if restarted(last):
         knobs.init_from = 'resume'
@@ -99,7 +111,7 @@ try:
              'a; retrofit.py --max_iters=0 spreads other budgets over the layers, and train.py goes on from what it writes')
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
-        raw_model = GPT(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, **PASSING, 'vocab_size': vocab_size}))
+        raw_model = GPT(fitting(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, **PASSING, 'vocab_size': vocab_size})))
     elif knobs.init_from == 'resume':
         checkpoint = load_checkpoint(last)
         if 'knobs' not in checkpoint:
@@ -110,9 +122,9 @@ try:
             if getattr(knobs, name) != checkpoint['knobs'][name] and (name, knobs.scheme) != ('scheme', None):
                 fail(f"{name} = {getattr(knobs, name)}, but {last} was trained with {name} = "
                      f"{checkpoint['knobs'][name]}: resume with the config file and flags it was trained with")
-        raw_model = GPT(replace(GPTConfig(**checkpoint['config']), **PASSING))
+        raw_model = GPT(fitting(replace(GPTConfig(**checkpoint['config']), **PASSING)))
     else:
-        source, a = GPTConfig(**load(knobs.init_from)[0]), knobs.a if knobs.bits is None else -1 / 2**knobs.bits
+        source, a = fitting(GPTConfig(**load(knobs.init_from)[0])), knobs.a if knobs.bits is None else -1 / 2**knobs.bits
         scheme, change = knobs.scheme or ('midpoint_a' if a is not None else source.scheme), {}
         if source.scheme == 'standard' != scheme:
             converted = reversible(source, scheme, a, knobs.h)
@@ -132,11 +144,6 @@ if config.vocab_size < meta['vocab_size']:
     fail(f"vocab_size = {config.vocab_size} is too small: data/{knobs.dataset} has {meta['vocab_size']}")
 if config.block_size < knobs.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
-
-if here.kind == 'cpu' and hasattr(os, 'sysconf') and (needed := 16 * count_parameters(raw_model)) > (
-        there := os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')):
-    fail(f'{count_parameters(raw_model):,} weights take {needed / 1e9:,.0f} GB with gradients and moments, and this machine has '
-         f'{there / 1e9:.0f} GB: choose a smaller model')
 if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
 

@@ -143,6 +143,10 @@ def crc32(path):
             value = zlib.crc32(chunk, value)
     return value
 
+def crc32_of_fields(meta):
+    """of what meta.json says besides the checksums"""
+    return zlib.crc32(json.dumps({key: value for key, value in meta.items() if key != 'crc32'}, sort_keys=True).encode())
+
 def gpt2_encoding():
     """GPT-2's tokens, which tiktoken downloads once"""
     try:
@@ -173,7 +177,7 @@ def write_atomically(path, data):
 def publish_dataset(folder, **meta):
     """the two .part are written: name them, write meta.json last, and print the counts"""
     (folder / 'meta.json').unlink(missing_ok=True) # that of an earlier run must not describe the new files
-    meta['crc32'] = {}
+    meta['crc32'] = dict(meta=crc32_of_fields(meta))
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         publish(f'{path}.part', path)

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ['OMP_NUM_THREADS'] = '1'         # set before torch is loaded
+os.environ.update(OMP_NUM_THREADS='1', HF_ENDPOINT='http://127.0.0.1:9')       # one thread, and no hub; set before torch is loaded
 
 import torch
 
@@ -70,25 +70,24 @@ def killed(start, longest):
             pass
     return alive
 
-def kill_and_resume(script, flags, where, processes=1, tries=None):
+def kill_and_resume(script, flags, where, processes=1):
     """
     One run, killed again and again, each time resumed from where it was; then it may end. Each kill is a try, and all of
     them are lost if the weights are not those of the run that nothing disturbed.
     """
-    tries = tries or TRIES
     began = time.time()
     result = run(command(script, processes, out_dir='undisturbed', **flags))
     assert result.returncode == 0, result.stderr
     longest, kills = time.time() - began, 0
-    while kills < tries:
+    while kills < TRIES:
         shutil.rmtree('disturbed', ignore_errors=True)
         begun = Path('disturbed', where)
-        while kills < tries and killed(command(script, processes, out_dir='disturbed', **resumed(script, flags, begun)), longest):
+        while kills < TRIES and killed(command(script, processes, out_dir='disturbed', **resumed(script, flags, begun)), longest):
             kills += 1
         result = run(command(script, processes, out_dir='disturbed', **resumed(script, flags, begun)))
         if result.returncode or not same_weights(begun, Path('undisturbed', where)):
-            return tries, 0
-    return tries, tries
+            return TRIES, 0
+    return TRIES, TRIES
 
 def resumed(script, flags, begun):
     first = 'scratch' if script == 'train.py' else 'teacher'
@@ -98,19 +97,24 @@ def kill_train():
     return kill_and_resume('train.py', TRAIN, 'last.pt')
 
 def kill_train_of_two_processes():
-    return kill_and_resume('train.py', TRAIN, 'last.pt', processes=2, tries=TRIES // 3)
+    return kill_and_resume('train.py', TRAIN, 'last.pt', processes=2)
 
 def kill_retrofit():
     return kill_and_resume('retrofit.py', RETROFIT, 'midpoint_a_1.5bit/last.pt')
 
 def kill_prepare():
-    """data/python/prepare.py, which needs a second; the old data set is whole, or the new one, or there is none."""
-    good = 0
+    """data/python/prepare.py, which needs a second: after a kill there is no data set, or the whole one; after the next run the whole one."""
+    def files():
+        return {path.name: path.read_bytes() for path in Path('data/python').glob('*.*') if path.suffix in ('.bin', '.json', '.part')}
+
+    prepare, good = [sys.executable, 'data/python/prepare.py'], 0
+    assert run(prepare).returncode == 0
+    undisturbed = files()
     for _ in range(TRIES):
-        killed([sys.executable, 'data/python/prepare.py'], 1.5)
-        result = run([sys.executable, 'data/python/prepare.py'])
-        meta = json.loads(Path('data/python/meta.json').read_text())
-        good += result.returncode == 0 and not list(Path('data/python').glob('*.part')) and set(meta['crc32']) == {'train', 'val'}
+        killed(prepare, 1.5)
+        left = files()
+        whole = 'meta.json' not in left or {name: left.get(name) for name in undisturbed} == undisturbed
+        good += whole and run(prepare).returncode == 0 and files() == undisturbed
     return TRIES, good
 
 def kill_download():
@@ -186,11 +190,22 @@ def full_disk_prepare():
 # -----------------------------------------------------------------------------
 # damage
 
+def as_scripts_do(use):
+    """use(), whose ValueErrors are sentences that end a script."""
+    try:
+        return use()
+    except ValueError as error:
+        sys.exit(str(error))
+
 def damage(path, use, sound, flipped=None):
     """
     Flips a bit among the first bytes of the file (None: among all, 0: among none), or cuts it off, at random. use(), in a process
     of its own, must end in a sentence, or give what it gave before.
     """
+    def compare():
+        if as_scripts_do(use) != sound:
+            sys.exit('other numbers')
+
     content, good = path.read_bytes(), 0
     flipped = len(content) if flipped is None else flipped
     for k in range(10 * TRIES):
@@ -199,7 +214,7 @@ def damage(path, use, sound, flipped=None):
         else:
             place = chance.randrange(flipped)
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:])
-        code, said = in_a_child(lambda: use() == sound or sys.exit('other numbers'))
+        code, said = in_a_child(compare)
         good += code == 0 or code == 1 and 'Traceback' not in said and 'other numbers' not in said
     path.write_bytes(content)
     return 10 * TRIES, good
@@ -220,9 +235,6 @@ def in_a_child(work, seconds=60):
                 status = 0 if stop.code in (None, 0) else 1
                 if isinstance(stop.code, str):
                     print(stop.code, file=sys.stderr, flush=True)
-            except ValueError as error:     # of functions that scripts turn into a sentence
-                status = 1
-                print(error, file=sys.stderr, flush=True)
             except BaseException as error:
                 status = 1
                 sys.excepthook(type(error), error, error.__traceback__)
@@ -291,7 +303,8 @@ def command_lines():
                         and line.split(':')[0].strip().isidentifier()})
         flags = dict(SCRIPTS[script], out_dir='typed') if script in ('train.py', 'retrofit.py') else dict(SCRIPTS[script])
         for _ in range(chance.randint(1, 3)):
-            flags[chance.choice(names) if chance.random() < 0.95 else 'misspelt'] = chance.choice(VALUES)
+            name = chance.choice(names) if chance.random() < 0.95 else 'misspelt'
+            flags[name] = chance.choice([value for value in VALUES if value not in ('/', '..') or name not in ('out_dir', 'json')])
         line = [f'--{name}={value}' for name, value in flags.items()] + chance.choice([[]] * 20 + [['word'], ['--'], ['-x'], ['--seed']])
         line = [argument.replace('\x00', '') for argument in line]
 
@@ -299,8 +312,8 @@ def command_lines():
             sys.argv = [str(ROOT / script), *line]
             runpy.run_path(str(ROOT / script), run_name='__main__')
 
-        code, said = in_a_child(work)
-        fine = code in (0, 1) and 'Traceback' not in said
+        code, said = in_a_child(work, seconds=30)
+        fine = code in (0, 1, -signal.SIGALRM) and 'Traceback' not in said         # SIGALRM: it is still at work
         if not fine:
             print(f'{script} {" ".join(line)}: {code} {said[-300:]}', file=sys.stderr)
         good += fine
@@ -330,7 +343,7 @@ def hostile_files():
              lambda: build('malice.pt')]
     good = 0
     for use in tries:
-        code, said = in_a_child(use, seconds=20)
+        code, said = in_a_child(lambda use=use: as_scripts_do(use), seconds=20)
         good += code == 1 and 'Traceback' not in said
     good += says_why(run([sys.executable, str(ROOT / 'train.py'), 'code.py']))
     return len(tries) + 1, good * (not Path('executed').exists())
@@ -346,7 +359,7 @@ def two_runs_in_one_folder():
     return 1, int(says_why(second) and 'in use by another run' in second.stderr and first.returncode == 0)
 
 def a_process_of_two_dies():
-    """The other ends within a minute; so does torchrun, and says so."""
+    """The other ends within a minute, with a sentence; so does torchrun."""
     good = 0
     for _ in range(TRIES // 10):
         with subprocess.Popen(command('train.py', 2, out_dir='widowed', **dict(TRAIN, max_iters=10**6)), stdout=subprocess.PIPE,
@@ -360,19 +373,19 @@ def a_process_of_two_dies():
             group.stdout.close()
             said = group.stderr.read()
             group.wait(timeout=120)
-        good += group.returncode != 0 and time.time() - began < 60 and 'Signal 9' in said
+        good += group.returncode != 0 and time.time() - began < 60 and 'Signal 9' in said and 'has lost the others' in said
     return TRIES // 10, good
 
 def out_of_memory_in_one_of_two():
-    """A process runs out of memory at a random step: it says so, and the other one ends within a minute, too."""
+    """A process runs out of memory in a random backward pass: it says so, and the other one ends within a minute, too."""
     good = 0
     for _ in range(TRIES // 10):
-        code = ('import os, runpy, sys, runtime, torch\n'
-                'agree = runtime.agree\n'
-                'def lacking(step, *rest):\n'
-                f'    if os.environ["RANK"] == "1" and step == {chance.randrange(1, 9)}: raise torch.OutOfMemoryError("CUDA out of memory")\n'
-                '    return agree(step, *rest)\n'
-                'runtime.agree = lacking\n'
+        code = ('import os, runpy, model, torch\n'
+                'verify, passes = model.Tape.verify, []\n'
+                'def lacking(tape):\n'
+                '    passes.append(verify(tape))\n'
+                f'    if os.environ["RANK"] == "1" and len(passes) == {chance.randrange(1, 9)}: raise torch.OutOfMemoryError("CUDA out of memory")\n'
+                'model.Tape.verify = lacking\n'
                 f'runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")\n')
         Path('lacking.py').write_text(code)
         began = time.time()
@@ -445,6 +458,7 @@ if __name__ == '__main__':
         for row in ROWS:
             if not names or row.__name__ in names:
                 began = time.time()
+                chance.seed(row.__name__)       # a row is the same alone and among others
                 tried, good = row()
                 print(f'{row.__name__.replace("_", " "):32}{tried:>7}{good:>18}{tried - good:>7}{time.time() - began:>10.0f}', flush=True)
         os.chdir(ROOT)

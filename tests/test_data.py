@@ -206,7 +206,9 @@ def test_meta_comes_last_and_never_describes_other_files(tmp_path):
 def load(folder):
     meta = json.loads((folder / 'meta.json').read_text())
     train, val = (np.fromfile(folder / f'{split}.bin', dtype=meta['dtype']) for split in ('train', 'val'))
-    assert meta.pop('crc32') == {split: zlib.crc32((folder / f'{split}.bin').read_bytes()) for split in ('train', 'val')}
+    sums = meta.pop('crc32')
+    assert sums.pop('meta') == zlib.crc32(json.dumps(dict(sorted(meta.items()))).encode())
+    assert sums == {split: zlib.crc32((folder / f'{split}.bin').read_bytes()) for split in ('train', 'val')}
     assert not list(folder.glob('*.part')) and max(train.max(), val.max(initial=0)) < meta['vocab_size']
     return train, val, meta
 

@@ -51,6 +51,14 @@ def test_a_token_beyond_the_vocabulary_is_a_sentence(workshop):
     with pytest.raises(SystemExit, match='has a token .., and its meta.json says that there are 40: prepare it again'):
         training_batch(train, knobs, 0, 0, torch.device('cpu'))
 
+def test_a_changed_field_of_meta_json_is_a_sentence(workshop):
+    path = Path('data/tiny/meta.json')
+    content = path.read_text()
+    path.write_text(content.replace('"vocab_size": 256', '"vocab_size": 255'))
+    with pytest.raises(SystemExit, match='tiny/meta.json is not as it was prepared'):
+        open_data(SimpleNamespace(dataset='tiny', block_size=16))
+    path.write_text(content)
+
 def test_gradients_that_stay_infinite_in_float16_end_the_run():
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
     here = SimpleNamespace(scaler=torch.amp.GradScaler('cpu'), skipped=0)

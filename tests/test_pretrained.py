@@ -181,6 +181,22 @@ def test_nanogpt(tmp_path):
     torch.save(dict(model=weights, model_args=args), tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='has a tensor extra which'):
         GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
+    content = bytearray((tmp_path / 'ckpt.pt').read_bytes())
+    content[content.index(weights['_orig_mod.lm_head.weight'].numpy().tobytes()) + 100] ^= 1        # torch reads no checksums
+    (tmp_path / 'ckpt.pt').write_bytes(content)
+    with pytest.raises(ValueError, match='ckpt.pt is damaged, cut off, or not a checkpoint of these scripts'):
+        GPT.from_pretrained(str(tmp_path / 'ckpt.pt'))
+
+@pytest.mark.parametrize('change, words', [
+    (lambda c: c['model'].pop('lm_head.weight'), 'has no tensor lm_head.weight'), (lambda c: c['config'].update(colour=3), 'has a field colour of the config'),
+    (lambda c: c['model'].update(more=torch.ones(1)), 'has a tensor more which'), (lambda c: c.update(meta=None), 'is damaged, cut off, or not'),
+    (lambda c: c['config'].update(n_embd=64), 'has shape'), (lambda c: c['config'].update(n_layer='2'), "n_layer = '2' must be a whole number")])
+def test_a_checkpoint_that_does_not_fit_itself_is_a_sentence(tmp_path, change, words):
+    path, _ = written(tmp_path, GPT2_LIKE)
+    change(checkpoint := torch.load(path))
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=words):
+        build(path)
 
 BAD = {
     'an architecture': (dict(model_type='mamba'), {}, "the architecture 'mamba' is not supported"),

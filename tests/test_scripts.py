@@ -136,6 +136,8 @@ def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     log = place / 'killed' / 'log.csv'
     log.write_text(log.read_text() + '5,9.9,1e-4,1.0,1,1,,\n')
     assert train(place, 'killed', init_from='resume') == whole
+    log.write_bytes(b'step,loss\n1,\xff\n\n\0\0\0')             # a damaged log stops no run
+    train(place, 'killed', init_from='resume')
 
 def test_evaluation_does_not_change_training(place, whole):
     often = train(place, 'often', eval_interval=1, eval_windows=30)
@@ -310,6 +312,11 @@ def complaint(place, script, **flags):
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', **flags})
+
+@pytest.mark.parametrize('value', ['9' * 5000, '1' + '0' * 400, '[' * 100000, '1e400', '-' * 100000], ids=lambda value: value[:4])
+@pytest.mark.parametrize('name', ['n_layer', 'n_embd', 'block_size', 'vocab_size', 'learning_rate', 'a', 'seed', 'dropout'])
+def test_numbers_without_end_are_a_sentence(place, name, value):
+    assert complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', name: value})
 
 def test_a_trained_standard_model_becomes_reversible_on_the_way_in(place):
     train(place, 'standard', scheme='standard', n_layer=4)
