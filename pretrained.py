@@ -29,7 +29,7 @@ import torch
 from jinja2 import TemplateError                # torch brings it along
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.download import download, gpt2_encoding, publish, write_atomically
+from data.download import download, gpt2_encoding, in_a_sentence, publish, write_atomically
 from model import GPT, GPTConfig
 from runtime import OURS, load_checkpoint, save_checkpoint
 
@@ -511,8 +511,9 @@ def turn_weights(model):
 if __name__ == '__main__':
     if len(sys.argv) != 3:
         sys.exit('give a model and where to write it: python pretrained.py out/best.pt some/folder')
+    sys.excepthook = in_a_sentence              # a disk that is full
     try:
         export(*sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(str(error))
     print(f'{sys.argv[2]} is written')

@@ -71,8 +71,8 @@ def start(knobs):
         fail(f'gradient_accumulation_steps = {knobs.gradient_accumulation_steps} must be divisible by {world} processes')
 
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
-    say(reasons)
     sys.excepthook = explain
+    say(reasons)
     device = torch.device(kind, local_rank) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
         torch.cuda.set_device(device)

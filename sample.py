@@ -81,8 +81,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
         yield new
 
 if __name__ == '__main__':
-    from pretrained import build, conversation, ends_of_text, tokenizer, turn_weights     # here: GPT.generate() needs only what is above
+    from data.download import in_a_sentence                     # here: GPT.generate() needs only what is above
+    from pretrained import build, conversation, ends_of_text, tokenizer, turn_weights
     knobs = configure(Knobs, sys.argv[1:])
+    sys.excepthook = in_a_sentence              # what it writes may go to a disk that is full
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     print(reasons)
     if not knobs.prompt:

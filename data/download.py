@@ -155,7 +155,7 @@ def gpt2_encoding():
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
 
 def in_a_sentence(kind, error, traceback):
-    """the sys.excepthook of the prepare.py: an OSError is one sentence; other errors are shown as ever"""
+    """a sys.excepthook: an OSError is one sentence; other errors are shown as ever"""
     if isinstance(error, OSError):
         print(f'{error}: is the disk full? make room and run the command again', file=sys.stderr)
     else:

@@ -187,6 +187,23 @@ def full_disk_prepare():
         good += says_why(result)
     return TRIES // 3, good
 
+def full_disk_of_any_file():
+    """Export, the tables of evaluate.py and bench.py; and what each script prints."""
+    scripts = {'sample.py': dict(SCRIPTS['sample.py']), 'evaluate.py': dict(SCRIPTS['evaluate.py']), 'train.py': dict(TRAIN, out_dir='printed'),
+               'retrofit.py': dict(RETROFIT, out_dir='printed')}
+    bench = [sys.executable, str(ROOT / 'bench.py'), 'depth', *'--layers=[1] --n_embd=32 --n_head=2 --block_size=16 --cases=leapfrog'.split()]
+    good = 0
+    with open('/dev/full', 'w') as full:
+        commands = [*(command(script, **flags) for script, flags in scripts.items()), bench, [sys.executable, 'data/python/prepare.py']]
+        for arguments in commands:
+            result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+            good += says_why(result)
+    writing = [([sys.executable, str(ROOT / 'pretrained.py'), 'sound.pt', 'exported'], 10000), ([sys.executable, str(ROOT / 'pretrained.py'), 'sound.pt', 'exported.pt'], 10000),
+               (command('evaluate.py', **SCRIPTS['evaluate.py'], json='table.json'), 50), ([*bench, '--json=bench.json'], 200)]
+    for arguments, most in writing:
+        good += says_why(run(arguments, preexec_fn=small_files(chance.randrange(most)))) and not Path(arguments[-1]).exists()
+    return len(commands) + len(writing), good
+
 # -----------------------------------------------------------------------------
 # damage
 
@@ -424,7 +441,7 @@ def restarts_go_on():
     return 1, int(kills == 2 and group.returncode == 0 and same_weights('calm/last.pt', 'restless/last.pt'))
 
 ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, kill_download, full_disk_train, full_disk_retrofit,
-        full_disk_prepare, damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines, hostile_files,
+        full_disk_prepare, full_disk_of_any_file, damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines, hostile_files,
         two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on]
 
 def workshop():
