@@ -236,7 +236,7 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard' or (config.a == 'bdia' and not (self.training and with_grad)):       # BDIA trains a standard net
+        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA trains a standard net
             for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
@@ -283,7 +283,10 @@ class GPT(nn.Module):
         return build(name_or_folder, **overrides)[0]
 
     def generate(self, idx, max_new_tokens, **kwargs):
-        """idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields."""
+        """
+        idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields. Call eval() before: in training mode
+        dropout and BDIA draw at random here, too.
+        """
         from sample import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)
 

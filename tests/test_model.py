@@ -252,11 +252,6 @@ def test_bdia_draws_signs_in_training_and_is_the_standard_net_otherwise():
         drawn.add(tuple(step.n for step in model.coefficients))
         assert all((step.bits, step.m, step.c) == (1, 2 - step.n, 1 + step.n / 2) for step in model.coefficients)
     assert len(drawn) > 6 and {n for signs in drawn for n in signs} == {-1, 1}
-    torch.manual_seed(0)
-    with torch.no_grad():                   # in training mode, too: sampling, and dropout alone is drawn
-        one = model(*batch())[1]
-        torch.manual_seed(0)
-        assert torch.equal(one, standard(*batch())[1])
     model.eval(), standard.eval()
     idx = batch()[0]
     for dtype in (torch.float32, torch.bfloat16):
