@@ -4,8 +4,8 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py                                # two CPU cores, some minutes
     python train.py config/gpt2_rev.py                                  # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=NAME --max_restarts=3 \\
-        train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # out_dir on a disk of both machines
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        --rdzv_id=NAME --max_restarts=3 train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # out_dir on a disk of both machines
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
