@@ -71,8 +71,10 @@ def read_file(path):
 def checked(name, value, kind):
     """The value, if it is of this kind (a type or a union of types); a whole number will do for a float."""
     kinds = get_args(kind) or (kind,)
+    if any(type(x) is int and x.bit_length() > 63 for x in (value if isinstance(value, list) else [value])):
+        sys.exit(f'{name} is too large: no number here reaches 2^63')
     if type(value) is int and int not in kinds and float in kinds:
-        return float(value) if abs(value) < 2**1000 else math.inf
+        return float(value)
     if type(value) not in kinds:
         expected = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
         sys.exit(f'{name} = {value!r} is of type {type(value).__name__}: expected {expected}')
@@ -112,7 +114,8 @@ def check_config(config, schemes, default_h):
         size, n = getattr(config, name), getattr(config, parts)
         must(size % n == 0, f'{name} = {size} must be divisible by {parts} = {n}')
     weights = config.n_embd * (config.n_layer * (2 * config.n_embd + 2 * config.n_inner) + config.vocab_size + config.block_size)
-    must(weights < 2**40 and config.n_layer <= 10000, f'n_layer = {config.n_layer}, n_embd = {config.n_embd}, n_inner = {config.n_inner}, '
+    must(config.n_layer <= 10000, f'n_layer = {config.n_layer} must be 10000 or less')
+    must(weights < 2**40, f'n_layer = {config.n_layer}, n_embd = {config.n_embd}, n_inner = {config.n_inner}, '
          f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: these are too many weights for any machine')
     hs = config.n_embd // config.n_head
     must(config.rope_theta is None or hs % 2 == 0 and config.rope_theta > 0,

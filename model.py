@@ -284,8 +284,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, **kwargs):
         """
-        idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields. Call eval() before: in training mode
-        dropout and BDIA draw at random here, too.
+        idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields. Call model.eval() first: in
+        training mode dropout and BDIA draw at random here, too.
         """
         from sample import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)

@@ -10,9 +10,9 @@ Weights and tokenizers of pretrained models: where they are found, and which of 
     python pretrained.py out/best.pt some/folder                        # the way back: a folder for transformers,
     python pretrained.py out/best.pt ckpt.pt                            # or for nanoGPT's sample.py, of a standard model
 
-Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/, from
-https://huggingface.co or whatever the environment's HF_ENDPOINT says, with HF_TOKEN if it is set, and with HF_HUB_OFFLINE=1 there
-are none. What is wrong with a model is said in one ValueError; a download that fails ends the program (SystemExit).
+Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/. They come from
+https://huggingface.co or whatever the environment's HF_ENDPOINT says. HF_TOKEN is used if it is set. With HF_HUB_OFFLINE=1 nothing is
+downloaded. What is wrong with a model is said in one ValueError; a download that fails ends the program (SystemExit).
 """
 import json
 import math
@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -62,7 +63,7 @@ def hub_name(name):
     return name
 
 def offline():
-    return os.environ.get('HF_HUB_OFFLINE') == '1'
+    return os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on')
 
 def find(name, file):
     """The path of a model's file, in its folder or downloaded into weights/; None if the model has no such file."""
@@ -77,7 +78,7 @@ def find(name, file):
                                    timeout=30).status_code
         except requests.RequestException as error:
             sys.exit(f'cannot reach {url} ({type(error).__name__}): check the connection and run the command again, or set '
-                     'HF_HUB_OFFLINE=1 to do with the files that are here')
+                     'HF_HUB_OFFLINE=1 to use only the files that are here')
         if status == 404:
             return None
         if status in (401, 403):                # the hub says so of models that do not exist, too
@@ -90,7 +91,7 @@ def need(name, file):
     path = find(name, file)
     if path is None:
         raise ValueError(f'{name} has no {file}' if os.path.isdir(name) else
-                         f'{local(name, file)} is not there, and HF_HUB_OFFLINE=1 forbids to download it' if offline() else
+                         f'{local(name, file)} is not there, and HF_HUB_OFFLINE=1 forbids downloading it' if offline() else
                          f'{name} is no folder here, and on the hub it has no {file}')
     return path
 
@@ -126,7 +127,7 @@ def read_safetensors(path):
                 raise ValueError
             for name, entry in header.items():
                 (start, end), dtype, shape = entry['data_offsets'], DTYPES[entry['dtype']], torch.Size(entry['shape'])
-                if type(start) is not int or start < 0 or end - start != shape.numel() * dtype.itemsize:
+                if not type(start) is type(end) is int or start < 0 or end - start != shape.numel() * dtype.itemsize:
                     raise ValueError
                 tensors[name] = shape, partial(read, 8 + length + start, end - start, dtype, shape)
         except (ValueError, AttributeError, TypeError, KeyError, RuntimeError, RecursionError):
@@ -277,15 +278,19 @@ def load_checkpoint_of_any(path):
         weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()      # of a compiled model
                    if not name.endswith(BUFFERS)}
         # nanoGPT's checkpoints do not name the encoding: a vocabulary of this size is GPT-2's
-        meta = dict(encoding='gpt2', vocab_size=50257) if config.get('vocab_size', 0) >= 50257 else dict(encoding='unknown')
+        meta = dict(encoding='gpt2', vocab_size=50257) if config.get('vocab_size') in range(50257, 2**32) else dict(encoding='unknown')
     if unknown := config.keys() - GPTConfig.__dataclass_fields__.keys():
         raise ValueError(f'{path} has a field {min(unknown)} of the config which is not known here')
-    for name, shape in shapes(config).items():
-        if name not in weights:
+    try:
+        wanted, there = shapes(config), {name: tuple(weight.shape) for name, weight in weights.items()}
+    except (TypeError, AttributeError):
+        raise ValueError(f'{path} has a config or weights of a wrong type: use another one') from None
+    for name, shape in wanted.items():
+        if name not in there:
             raise ValueError(f'{path} has no tensor {name}')
-        if weights[name].shape != shape:
-            raise ValueError(f'{path}: {name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}')
-    nothing_left(weights.keys() - shapes(config).keys(), path)
+        if there[name] != shape:
+            raise ValueError(f'{path}: {name} has shape {there[name]}, not {tuple(shape)}')
+    nothing_left(there.keys() - wanted.keys(), path)
     return config, one_part_each(weights), meta
 
 def one_part_each(weights):
@@ -340,12 +345,12 @@ def build(name, **overrides):
 def export(source, target):
     """
     Writes a standard model, source as for load(), in a form that other programs read: a folder for transformers'
-    from_pretrained(), or, if target ends in .pt, a checkpoint for nanoGPT's sample.py. (Its train.py resumes its own alone.) ValueError
-    if they have no such architecture, or target is there already. nanoGPT computes GELU exactly, and this model by GPT-2's tanh:
-    there the logits agree to 1e-4.
+    from_pretrained(), or, if target ends in .pt, a checkpoint for nanoGPT's sample.py, which takes all tokens for GPT-2's. Returns a sentence
+    about it. ValueError if they have no such architecture, or target is there already. nanoGPT's train.py resumes only its own
+    checkpoints. nanoGPT computes GELU exactly, and this model by GPT-2's tanh: there the logits agree to 1e-4.
     """
     config, weights, meta = load(source)
-    config = GPTConfig(**config)
+    config, target = GPTConfig(**config), os.path.normpath(target)
     if os.path.exists(target):
         raise ValueError(f'{target} is there already: name another, or delete it')
     if config.scheme != 'standard':
@@ -360,13 +365,17 @@ def export(source, target):
         args = {name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
         os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
         save_checkpoint([target], dict(model=build(source)[0].state_dict(), model_args=args, iter_num=0, best_val_loss=math.inf, config={}))
-        return
+        return f'{target} is written'
     if not gpt2 and not llama:
         raise ValueError(f'{source} is neither a GPT-2 nor a Llama, but something between them: transformers has no such model')
-    own = meta['encoding'] == 'tokenizer.json'
-    files = {file: find(meta['model'], file) for file in TOKENIZER} if own else {}
-    ends = (read_json(need(meta['model'], 'config.json')) if own else
-            dict(bos_token_id=50256, eos_token_id=50256) if meta['encoding'] == 'gpt2' else {})
+    encoding = meta['encoding']
+    own, ends, said = encoding == 'tokenizer.json', {}, f', without a tokenizer: transformers has none for {encoding}'
+    files = {}
+    if own:
+        ends, said = read_json(need(meta['model'], 'config.json')), ''
+        files = {'tokenizer.json': need(meta['model'], 'tokenizer.json'), **{file: find(meta['model'], file) for file in TOKENIZER}}
+    elif encoding == 'gpt2' and config.vocab_size >= 50257:
+        ends, said = dict(bos_token_id=50256, eos_token_id=50256), ", without a tokenizer: take AutoTokenizer.from_pretrained('gpt2')"
     kept = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32',
                 bos_token_id=ends.get('bos_token_id'), eos_token_id=ends.get('eos_token_id'))
     if gpt2:
@@ -394,18 +403,20 @@ def export(source, target):
             tensors[their_name if name == 'lm_head.weight' else prefix + their_name] = (
                 shape[::-1] if transposed else (rows, *shape[1:]), read)
             first += rows
-    part = f'{target}.part'                     # gets its name when all is there
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    write_safetensors(os.path.join(part, 'model.safetensors'), tensors)
-    for file, path in files.items():
-        if path:
-            shutil.copyfile(path, os.path.join(part, file))
-    for file, fields in (('config.json', kept), *[('meta.json', meta)] * (not own)):     # meta.json: for tokens_of()
-        write_atomically(os.path.join(part, file), json.dumps(fields, indent=2).encode())
-    os.replace(part, target)
+    os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(target) or '.') as folder:
+        part = os.path.join(folder, 'part')     # gets its name when all is there
+        os.mkdir(part)
+        write_safetensors(os.path.join(part, 'model.safetensors'), tensors)
+        for file, path in files.items():
+            if path:
+                shutil.copyfile(path, os.path.join(part, file))
+        for file, fields in (('config.json', kept), *[('meta.json', meta)] * (not own)):     # meta.json: for tokens_of()
+            write_atomically(os.path.join(part, file), json.dumps(fields, indent=2).encode())
+        os.replace(part, target)
+    return f'{target} is written{said}'
 
-TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'
+TOKENIZER = 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'
 
 def write_safetensors(path, tensors):
     """
@@ -433,8 +444,8 @@ def tokens_of(name):
         return load_checkpoint_of_any(name)[2]
     path = need(name, 'config.json')
     family, config = config_of(read_json(path), path)
-    if os.path.exists(meta := os.path.join(name, 'meta.json')):         # of export()
-        return read_json(meta)
+    if os.path.exists(path := os.path.join(name, 'meta.json')) and 'encoding' in (meta := read_json(path)):         # of export()
+        return meta
     if family == 'gpt2':                        # with tokens of its own, or those of OpenAI: the last one is ' gazed'
         own = None if not os.path.isdir(name) and hub_name(name).startswith('openai-community/') else find(name, 'tokenizer.json')
         if own is None and config['vocab_size'] < 50257:
@@ -463,7 +474,7 @@ def tokenizer(meta):
         own.no_truncation()                     # which fine-tuning scripts leave behind
         own.no_padding()
         return lambda text: own.encode(text).ids, own.decode
-    if meta['encoding'] == 'unknown':
+    if meta['encoding'] != 'gpt2':
         raise ValueError('the model does not say how its text became tokens')
     gpt2 = gpt2_encoding()
     return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
@@ -513,7 +524,6 @@ if __name__ == '__main__':
         sys.exit('give a model and where to write it: python pretrained.py out/best.pt some/folder')
     sys.excepthook = in_a_sentence              # a disk that is full
     try:
-        export(*sys.argv[1:])
+        print(export(*sys.argv[1:]))
     except ValueError as error:
         sys.exit(str(error))
-    print(f'{sys.argv[2]} is written')

@@ -84,25 +84,40 @@ def start(knobs):
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'), skipped=0)
 
+NO_MEMORY = "can't allocate memory", 'not enough memory', 'out of memory'      # as Linux, Windows and CUDA say it
+
 def explain(kind, error, traceback):
     """As sys.excepthook: that memory or room is lacking, or another process gone, is one sentence; any other error is shown as ever."""
     said = str(error).lower()
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said or 'out of memory' in said:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in NO_MEMORY):
         print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         print(f'there is no room to write ({error.strerror}): make room, and run the command again', file=sys.stderr)
     elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in said or 'timed out' in said):
-        print(f'process {rank} has lost the others: what ended one of them is said above', file=sys.stderr)
+        print(f'process {rank} has lost the others: torchrun names the one that ended first', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 def restarted(last):
     """
-    Whether last is of this same run of torchrun, which has started the processes again (--max_restarts). Each run has an id: of its own with
-    --standalone, otherwise what --rdzv_id says, or 'none'. ValueError if last is damaged.
+    Whether last is of this same run of torchrun, which has started the processes again. torchrun gives each run an id: a new one
+    with --standalone, else that of --rdzv_id, else 'none'. ValueError if it is a restart, and last is damaged.
     """
-    run = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
-    return run != 'none' and os.path.exists(last) and load_checkpoint(last).get('run') == run
+    run, restarts, most = (os.environ.get(f'TORCHELASTIC_{name}', default) for name, default in
+                           (('RUN_ID', 'none'), ('RESTART_COUNT', 0), ('MAX_RESTARTS', 0)))
+    if run == 'none' and int(most):
+        fail('with --max_restarts torchrun needs a name for this run, too: give it as --rdzv_id=NAME')
+    if run == 'none' or not os.path.exists(last):
+        return False
+    try:
+        same = load_checkpoint(last).get('run') == run
+    except ValueError:
+        if int(restarts):
+            raise
+        return False                            # a first start, where something else has been
+    if same:
+        say(f'{last} is of this run, {run}: it goes on from there')
+    return same
 
 def leave():
     """
@@ -345,7 +360,7 @@ def open_log(folder, columns, step):
         if step and os.path.exists(path):   # a run that was killed has logged steps that its checkpoint does not know
             with open(path, newline='', errors='replace') as file:
                 text = file.read().replace('\0', '').splitlines()       # of a power cut
-            rows = [row for row in csv.DictReader(text) if (row.get('step') or '').isdecimal() and int(row['step']) <= step]
+            rows = [row for row in csv.DictReader(text, quoting=csv.QUOTE_NONE) if (row.get('step') or '').isdecimal() and int(row['step']) <= step]
         try:
             os.makedirs(folder, exist_ok=True)
             if fcntl:                       # Windows has no such locks

@@ -4,8 +4,8 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py                                # two CPU cores, some minutes
     python train.py config/gpt2_rev.py                                  # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        --rdzv_id=NAME --max_restarts=3 train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # out_dir on a disk of both machines
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_MACHINE:29500 \\
+        --rdzv_id=NAME --max_restarts=3 train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # both share out_dir
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
 
@@ -38,7 +38,7 @@ class Knobs(GPTConfig):                     # all fields of GPTConfig in model.p
     stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
     memory_gb: float | None = None          # that 'auto' may use; None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
-    scheme: str | None = None               # None: leapfrog from scratch, midpoint_a with bits or a, else the model's
+    scheme: str | None = None               # None: leapfrog from scratch, midpoint_a with bits or a, else the model's (BDIA's: standard)
     bits: int | float | None = None         # makes a trained standard model reversible: midpoint_a with a = -1 / 2^bits
     out_dir: str = 'out'
     init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or

@@ -7,6 +7,7 @@ What the scripts share: a file gets its final name when it is whole and verified
 download() streams, so memory does not grow with the file, and gives up with one sentence (SystemExit).
 Every data/NAME/prepare.py writes train.bin.part and val.bin.part, then calls publish_dataset().
 """
+import errno
 import hashlib
 import json
 import os
@@ -157,7 +158,8 @@ def gpt2_encoding():
 def in_a_sentence(kind, error, traceback):
     """a sys.excepthook: an OSError is one sentence; other errors are shown as ever"""
     if isinstance(error, OSError):
-        print(f'{error}: is the disk full? make room and run the command again', file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None) # NumPy gives no number
+        print(f'{error}: is the disk full? make room and run the command again' if full else error, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

@@ -1,29 +1,30 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # ten hours on one core; it goes on where it stopped
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # ten hours on one core; what is made is kept
     OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # beside it, on a second core
     python results/compare.py --table                                                   # of what is there
 
-A run is train.py with config/compare.py and the flags that its folder in out_compare/ is named after. The last validation loss of a run
+A run is train.py with config/compare.py and some flags. Its folder in out_compare/ is named after them. The last validation loss of a run
 goes to results/compare.csv (inf if it diverged), all of them to results/compare/. Part by part:
 
 1. Seed 1: from START, each scheme goes to its best neighbour, until h / 2, 2 h, rate / 2, 2 rate and 4 rate all do worse.
 2. The best of each scheme on seeds 2, 3 and 4.
-3. The same twice as deep, seed 1. h is halved there: h times the number of layers is the time that is integrated over.
-4. Leapfrog's best h by depth, with half the tokens, and by length of training, both at its best rate.
+3. The same twice as deep, seed 1. h is halved there, but not standard's factor: h times the number of layers is the time that is integrated over.
+4. Leapfrog's best h by depth, with half the tokens, and with a quarter of them, at its best rate of part 1. One seed.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
 """
 import csv
+import fcntl
 import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from itertools import combinations, product
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,7 +33,9 @@ START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 
          'midpoint_a': (0.25, 8e-3), 'bdia': (None, 8e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
-SIZES = *((layers, LENGTH // 2) for layers in (4, 8, 16, 32)), (LAYERS, LENGTH // 4), (LAYERS, LENGTH)        # of part 4: (layers, steps)
+SIZES = *((layers, LENGTH // 2) for layers in (4, 8, 16, 32)), (LAYERS, LENGTH // 4)         # of part 4: (layers, steps)
+
+MIDDLE = '--from=middle' in sys.argv
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -40,7 +43,7 @@ def name_of(scheme, h, rate, seed, layers, steps):
 
 def command(scheme, h, rate, seed, layers, steps):
     flags = dict(scheme=scheme, h=h, learning_rate=rate, min_lr=rate / 10, seed=seed, n_layer=layers, stored_layers=layers, max_iters=steps,
-                 lr_decay_iters=steps, eval_interval=steps // 5, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
+                 warmup_iters=steps // 15, lr_decay_iters=steps, eval_interval=steps // 5, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
     script = ['train.py']
     if scheme == 'bdia':
         flags.update(scheme='midpoint_a', a='bdia')
@@ -59,26 +62,30 @@ def found():
                 float(row['val_loss']) for row in csv.DictReader(file)}
 
 def made(*key):
-    """The loss of a run, which is made if it is not there. Another process may be at it: then this one waits."""
-    while (loss := found().get(key)) is None:
+    """The loss of a run, which is made if it is not there. If another process is at it, this one waits."""
+    folder = os.path.join(ROOT, 'out_compare', name_of(*key))
+    os.makedirs(folder, exist_ok=True)
+    with open(f'{folder}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (loss := found().get(key)) is not None:
+            return loss
         result = subprocess.run(command(*key), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if 'is in use by another run' in result.stderr:
-            time.sleep(30)
-            continue
-        diverged = result.returncode and 'loss is' in result.stderr         # train.py's sentence about inf and NaN
-        if result.returncode and not diverged:
-            sys.exit(result.stderr)
-        log = os.path.join(ROOT, 'out_compare', name_of(*key), 'log.csv')
+        with open(os.path.join(folder, 'log.csv'), newline='') as file:
+            last = [row for row in csv.DictReader(file) if row['val_loss']][-1]
+        if result.returncode == 1 and 'loss is' in result.stderr:           # train.py's sentence about inf and NaN
+            loss = math.inf
+        elif result.returncode or last['step'] != str(key[-1]):
+            sys.exit(f'{name_of(*key)} ended with status {result.returncode} at step {last["step"]}: {result.stderr}')
+        else:
+            loss = float(last['val_loss'])
         os.makedirs(TABLE.removesuffix('.csv'), exist_ok=True)
-        shutil.copyfile(log, os.path.join(TABLE.removesuffix('.csv'), f'{name_of(*key)}.csv'))
-        with open(log, newline='') as file:
-            loss = 'inf' if diverged else [row['val_loss'] for row in csv.DictReader(file) if row['val_loss']][-1]
+        shutil.copyfile(os.path.join(folder, 'log.csv'), os.path.join(TABLE.removesuffix('.csv'), f'{name_of(*key)}.csv'))
         with open(TABLE, 'a', newline='') as file:
             writer = csv.writer(file)
             if not file.tell():
                 writer.writerow(['scheme', 'h', 'lr', 'seed', 'layers', 'steps', 'val_loss'])
-            writer.writerow(['' if value is None else value for value in key] + [loss])
-        print(name_of(*key), loss, flush=True)
+            writer.writerow(['' if value is None else value for value in (*key, loss)])
+    print(name_of(*key), loss, flush=True)
     return loss
 
 def there(*key):
@@ -89,7 +96,8 @@ def climb(loss, scheme, start, layers=LAYERS, steps=LENGTH, rates=(1 / 2, 2, 4))
     h, rate = start
     while True:
         near = [(h, rate), *((h, rate * k) for k in rates), *((h * k, rate) for k in (1 / 2, 2) if h)]
-        lowest = min(near, key=lambda point: loss(scheme, *point, 1, layers, steps))
+        order = near[::-1] if MIDDLE else near                          # two processes at one scheme begin at its two ends
+        lowest = min(order, key=lambda point: loss(scheme, *point, 1, layers, steps))
         if lowest == (h, rate):
             return lowest
         h, rate = lowest
@@ -131,27 +139,36 @@ def table():
             print(f'{scheme:12}{"" if h is None else h:>8}' + ''.join(f'{rate:10g}:{value:7.4f}' for (_, its_h, rate, *_), value in sorted(
                 runs.items(), key=lambda run: run[0][2]) if its_h == h))
     print('\nthe best of each, seeds 2 to 4: mean and standard deviation')
-    rows = {scheme: [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS] for scheme in START}
-    for scheme, row in rows.items():
-        print(f'{scheme:12}{best(loss, scheme)}' + ''.join(f'{value:9.4f}' for value in row) + f'{statistics.mean(row):10.4f}{statistics.stdev(row):9.4f}')
-    print('\neach pair: difference of the means, p of a paired t-test, p after Holm')
-    for one, other, difference, p, corrected in pairs(rows):
-        print(f'{one:12}{other:12}{difference:+9.4f}{p:9.4f}{corrected:9.4f}')
+    rows = {}
+    for scheme in START:
+        with suppress(KeyError):            # of a run that is not there yet
+            row = [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
+            if max(row) < math.inf:
+                rows[scheme] = row
+                print(f'{scheme:12}{best(loss, scheme)}' + ''.join(f'{value:9.4f}' for value in row)
+                      + f'{statistics.mean(row):10.4f}{statistics.stdev(row):9.4f}')
+            else:
+                print(f'{scheme:12}{best(loss, scheme)} diverged on a seed')
+    print('\neach pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
+    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 else ():
+        print(f'{one:12}{other:12}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
     print('\ntwice as deep, seed 1')
     for scheme in START:
-        print(name_of(*deep(loss, scheme)), loss(*deep(loss, scheme)))
+        with suppress(KeyError):
+            print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
     print('\nleapfrog: the best h, and all that were tried')
     for layers, steps in SIZES:
-        h = leapfrog(loss, layers, steps)
-        rate = best(loss, 'leapfrog')[1]
-        print(f'{layers} layers, {steps} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
-              if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, steps)))
+        with suppress(KeyError):
+            h, rate = leapfrog(loss, layers, steps), best(loss, 'leapfrog')[1]
+            print(f'{layers} layers, {steps} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
+                  if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, steps)))
 
 def pairs(rows):
     """
-    (one, other, difference of their means, p, p corrected after Holm for all pairs) of a paired t-test. Runs of a seed share their
-    data. What is left of the losses without the means of schemes and of seeds is the noise: one variance for all, as in an
-    analysis of variance with blocks.
+    (one, other, difference of their means, p of a paired t-test, p, p after Holm) for all pairs. Runs of a seed share their data. With
+    three seeds a paired test of two schemes alone has 2 degrees of freedom. The second p takes the variance of the noise from all
+    schemes: of what is left of the losses without the means of schemes and of seeds (an analysis of variance with blocks).
+    That needs schemes of like variance, so a claim should survive both. Holm's correction is for the number of pairs.
     """
     n, everything = len(SEEDS), statistics.mean(sum(rows.values(), []))
     of_seed = [statistics.mean(column) for column in zip(*rows.values())]
@@ -159,19 +176,20 @@ def pairs(rows):
     variance = sum((value - statistics.mean(row) - seed + everything) ** 2 for row in rows.values() for value, seed in zip(row, of_seed)) / degrees
     result = []
     for one, other in combinations(rows, 2):
-        difference = statistics.mean(rows[one]) - statistics.mean(rows[other])
-        result.append((one, other, difference, two_sided(difference / math.sqrt(2 * variance / n), degrees)))
+        differences = [x - y for x, y in zip(rows[one], rows[other])]
+        mean = statistics.mean(differences)
+        result.append((one, other, mean, two_sided(mean / (statistics.stdev(differences) / math.sqrt(n)), n - 1),
+                       two_sided(mean / math.sqrt(2 * variance / n), degrees)))
     corrected, highest = {}, 0.0
-    for i, pair in enumerate(sorted(result, key=lambda pair: pair[3])):
-        highest = corrected[pair] = max(highest, min(1.0, (len(result) - i) * pair[3]))
+    for i, pair in enumerate(sorted(result, key=lambda pair: pair[4])):
+        highest = corrected[pair] = max(highest, min(1.0, (len(result) - i) * pair[4]))
     return [(*pair, corrected[pair]) for pair in result]
 
 if __name__ == '__main__':
+    if unknown := set(sys.argv[1:]) - {'--table', '--from=middle'}:
+        sys.exit(f'{min(unknown)} is not known: give --table, --from=middle or nothing')
     for part in [] if '--table' in sys.argv else parts():
-        middle = len(part) // 2 * ('--from=middle' in sys.argv)
+        middle = len(part) // 2 * MIDDLE
         for work in part[middle:] + part[:middle]:
             work()
-    try:
-        table()
-    except KeyError as missing:
-        print(f'the run {name_of(*missing.args[0])} is not there yet')
+    table()
