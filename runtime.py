@@ -60,8 +60,8 @@ def start(knobs):
         if knob(name) is not None and knob(name) < 1:
             fail(f'{name} = {knob(name)} must be 1 or more')
     for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'max_iters', 'warmup_iters', 'grad_clip'):
-        if not knob(name, 0) >= 0:          # nor nan
-            fail(f'{name} = {knob(name)} must be 0 or more')
+        if not 0 <= knob(name, 0) < math.inf:           # nor nan
+            fail(f'{name} = {knob(name)} must be 0 or more, and finite')
     if knob('seed', 0) >= 2**63:
         fail(f'seed = {knobs.seed} must be below 2^63')
     for name in ('beta1', 'beta2'):

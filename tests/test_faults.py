@@ -4,18 +4,16 @@ A few tries of each row of the campaign of faults:  python -m pytest tests/test_
 python tests/faults.py makes many more of them.
 """
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+pytest.importorskip('resource', reason='faults.py limits processes as Linux does')
 import faults
 from model import GPT, GPTConfig
-from runtime import agree, open_data, training_batch
-
-pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='faults.py limits processes as Linux does')
+from runtime import agree, open_data, restarted, save_checkpoint, training_batch
 
 @pytest.fixture(scope='module')
 def workshop(tmp_path_factory):
@@ -26,7 +24,8 @@ def workshop(tmp_path_factory):
     os.chdir(before)
 
 @pytest.mark.parametrize('row, tries', [
-    (faults.kill_train, 2), (faults.kill_retrofit, 1), (faults.kill_download, 2), (faults.full_disk_train, 3), (faults.full_disk_prepare, 6),
+    (faults.kill_train, 2), (faults.kill_prepare, 1), (faults.training_that_cannot_go_on, 1), (faults.a_process_of_two_dies, 10),
+    (faults.out_of_memory_in_one_of_two, 10), (faults.kill_retrofit, 1), (faults.kill_download, 2), (faults.full_disk_train, 3), (faults.full_disk_prepare, 6),
     (faults.damaged_checkpoint, 2), (faults.damaged_data, 2), (faults.damaged_safetensors, 2), (faults.damaged_tokenizer, 2),
     (faults.command_lines, 2), (faults.hostile_files, 1), (faults.two_runs_in_one_folder, 1)], ids=lambda x: getattr(x, '__name__', None))
 def test_nothing_is_lost(workshop, monkeypatch, row, tries):
@@ -58,6 +57,26 @@ def test_a_changed_field_of_meta_json_is_a_sentence(workshop):
     with pytest.raises(SystemExit, match='tiny/meta.json is not as it was prepared'):
         open_data(SimpleNamespace(dataset='tiny', block_size=16))
     path.write_text(content)
+
+def test_a_run_of_torchrun_knows_its_own_checkpoint(tmp_path, monkeypatch):
+    last = str(tmp_path / 'last.pt')
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'mine')
+    assert not restarted(last)
+    save_checkpoint([last], dict(model={}, config={}, meta={}))
+    assert restarted(last)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'other')
+    assert not restarted(last)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    assert not restarted(last)
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    with pytest.raises(SystemExit, match='give it as --rdzv_id=NAME'):
+        restarted(last)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'mine')
+    Path(last).write_bytes(b'damaged')
+    assert not restarted(last)                  # a first start begins anew
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    with pytest.raises(ValueError, match='is damaged'):
+        restarted(last)
 
 def test_gradients_that_stay_infinite_in_float16_end_the_run():
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
