@@ -366,7 +366,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path):
 def test_without_a_network_the_files_that_are_here_will_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    with pytest.raises(ValueError, match='weights/some/model/config.json is not there, and HF_HUB_OFFLINE=1 forbids to download it'):
+    with pytest.raises(ValueError, match='weights/some/model/config.json is not there, and HF_HUB_OFFLINE=1 forbids downloading it'):
         build('some/model')
     llama_folder(tmp_path / 'weights' / 'some' / 'model')
     assert build('some/model')[1]['model'] == 'some/model'
