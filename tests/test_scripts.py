@@ -401,7 +401,7 @@ def test_damage_anywhere_is_a_sentence(place, whole, tmp_path):
 @pytest.mark.parametrize('renames', [0, 1])
 def test_killed_between_two_renames_both_checkpoints_are_whole(tmp_path, monkeypatch, renames):
     last, best = (str(tmp_path / name) for name in ('last.pt', 'best.pt'))
-    save_checkpoint([last, best], dict(model=1, config={}, meta={}))
+    save_checkpoint([last, best], dict(model=dict(n=1), config={}, meta={}))
     replace, done = os.replace, []
 
     def killed(source, target):
@@ -411,13 +411,13 @@ def test_killed_between_two_renames_both_checkpoints_are_whole(tmp_path, monkeyp
 
     monkeypatch.setattr(os, 'replace', killed)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint([last, best], dict(model=2, config={}, meta={}))
+        save_checkpoint([last, best], dict(model=dict(n=2), config={}, meta={}))
     monkeypatch.undo()
     kept = load_checkpoint(best)['model']
-    save_checkpoint([last], dict(model=3, config={}, meta={}))
-    assert (load_checkpoint(last)['model'], load_checkpoint(best)['model']) == (3, kept)
-    save_checkpoint([last, best], dict(model=4, config={}, meta={}))
-    assert load_checkpoint(last)['model'] == load_checkpoint(best)['model'] == 4
+    save_checkpoint([last], dict(model=dict(n=3), config={}, meta={}))
+    assert (load_checkpoint(last)['model'], load_checkpoint(best)['model']) == (dict(n=3), kept)
+    save_checkpoint([last, best], dict(model=dict(n=4), config={}, meta={}))
+    assert load_checkpoint(last)['model'] == load_checkpoint(best)['model'] == dict(n=4)
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     class Malice:
