@@ -371,8 +371,8 @@ def hostile_files():
     torch.save(dict(model={}, config={}, meta=Malice()), 'malice.pt')
     with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as archive:
         with archive.open('archive/data.pkl', 'w', force_zip64=True) as file:
-            for _ in range(256):
-                file.write(bytes(1 << 22))          # a gigabyte of zeros, in one megabyte
+            for _ in range(64):
+                file.write(bytes(1 << 22))          # a quarter of a gigabyte of zeros, in as many kilobytes
     Path('code.py').write_text('__import__("os").mkdir("executed")\n')
     shutil.copytree('folder', 'outside', dirs_exist_ok=True)
     os.remove('outside/model.safetensors')

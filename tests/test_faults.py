@@ -24,7 +24,7 @@ def workshop(tmp_path_factory):
     os.chdir(before)
 
 @pytest.mark.parametrize('row, tries', [
-    (faults.kill_train, 2), (faults.kill_prepare, 1), (faults.a_process_of_two_dies, 10),
+    (faults.kill_train, 1), (faults.kill_prepare, 1), (faults.a_process_of_two_dies, 10),
     (faults.out_of_memory_in_one_of_two, 10), (faults.kill_retrofit, 1), (faults.kill_download, 2), (faults.full_disk_train, 3), (faults.full_disk_prepare, 6),
     (faults.damaged_checkpoint, 2), (faults.damaged_data, 2), (faults.damaged_safetensors, 2), (faults.damaged_tokenizer, 2),
     (faults.command_lines, 2), (faults.hostile_files, 1), (faults.two_runs_in_one_folder, 1)], ids=lambda x: getattr(x, '__name__', None))
