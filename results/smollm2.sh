@@ -55,7 +55,7 @@ $retrofit --bits=[2,1.5,1] --init_from=resume | tee $logs/tuned.txt
 $retrofit --bits=1 --spread=False --out_dir=out_uniform --init_from=resume
 $retrofit --bits=0 --anneal_from=1 --anneal_part=0.7 --init_from=resume | tee $logs/tuned_0bit.txt
 $retrofit --conversion=midpoint_sum --max_iters=84 --eval_interval=28 --learning_rate=2e-4 --init_from=resume | tee $logs/tuned_midpoint_sum.txt
-$retrofit --conversion=symplectic --learning_rate=2e-4 --init_from=resume
+$retrofit --conversion=symplectic --learning_rate=2e-4 --init_from=resume | tee $logs/tuned_symplectic.txt
 $retrofit --bits=1 --max_iters=588 --out_dir=out_long --init_from=resume
 for run in $tuned/* out_uniform/* out_long/*; do cp $run/log.csv $logs/$(echo $run | sed 's|out_||; s|retrofit_smollm2|tuned|; s|/midpoint_a||; s|/|_|').csv; done
 
