@@ -72,7 +72,7 @@ def checked(name, value, kind):
     """The value, if it is of this kind (a type or a union of types); a whole number will do for a float."""
     kinds = get_args(kind) or (kind,)
     if any(type(x) is int and x.bit_length() > 63 for x in (value if isinstance(value, list) else [value])):
-        sys.exit(f'{name} is too large: no number here reaches 2^63')
+        sys.exit(f'{name} is too large: whole numbers must be below 2^63')
     if type(value) is int and int not in kinds and float in kinds:
         return float(value)
     if type(value) not in kinds:

@@ -5,7 +5,6 @@ validation, the log, tables.
 Knobs keep their names here. Every process runs the same lines; only the first prints and writes.
 """
 import csv
-import errno
 import gc
 import inspect
 import json
@@ -35,7 +34,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tqdm import tqdm
 
 from configurator import machine
-from data.download import crc32, crc32_of_fields, fcntl
+from data.download import NO_ROOM, crc32, crc32_of_fields, fcntl
 from model import GPT, advance, chunk_loss, rebuild
 
 # -----------------------------------------------------------------------------
@@ -62,8 +61,6 @@ def start(knobs):
     for name in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'max_iters', 'warmup_iters', 'grad_clip'):
         if not 0 <= knob(name, 0) < math.inf:           # nor nan
             fail(f'{name} = {knob(name)} must be 0 or more, and finite')
-    if knob('seed', 0) >= 2**63:
-        fail(f'seed = {knobs.seed} must be below 2^63')
     for name in ('beta1', 'beta2'):
         if not 0 <= knob(name, 0) < 1:
             fail(f'{name} = {knob(name)} must be 0 or more, and below 1')
@@ -91,7 +88,7 @@ def explain(kind, error, traceback):
     said = str(error).lower()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in NO_MEMORY):
         print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
         print(f'there is no room to write ({error.strerror}): make room, and run the command again', file=sys.stderr)
     elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in said or 'timed out' in said):
         print(f'process {rank} has lost the others: torchrun names the one that ended first', file=sys.stderr)

@@ -30,6 +30,7 @@ except ImportError:
 
 PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
 CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
+NO_ROOM = errno.ENOSPC, errno.EFBIG, errno.EDQUOT # what a full disk, a limit and a quota say
 
 # -----------------------------------------------------------------------------
 # from the network to a file
@@ -158,7 +159,7 @@ def gpt2_encoding():
 def in_a_sentence(kind, error, traceback):
     """a sys.excepthook: an OSError is one sentence; other errors are shown as ever"""
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None) # NumPy gives no number
+        full = error.errno in (*NO_ROOM, None) # NumPy gives no number
         print(f'{error}: is the disk full? make room and run the command again' if full else error, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -43,7 +43,8 @@ def name_of(scheme, h, rate, seed, layers, steps):
 
 def command(scheme, h, rate, seed, layers, steps):
     flags = dict(scheme=scheme, h=h, learning_rate=rate, min_lr=rate / 10, seed=seed, n_layer=layers, stored_layers=layers, max_iters=steps,
-                 warmup_iters=steps // 15, lr_decay_iters=steps, eval_interval=steps // 5, out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
+                 warmup_iters=steps // 15, lr_decay_iters=steps, eval_interval=steps // 5,
+                 out_dir=os.path.join('out_compare', name_of(scheme, h, rate, seed, layers, steps)))
     script = ['train.py']
     if scheme == 'bdia':
         flags.update(scheme='midpoint_a', a='bdia')

@@ -4,6 +4,7 @@ A few tries of each row of the campaign of faults:  python -m pytest tests/test_
 python tests/faults.py makes many more of them.
 """
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ pytest.importorskip('resource', reason='faults.py limits processes as Linux does
 import faults
 from model import GPT, GPTConfig
 from runtime import agree, open_data, restarted, save_checkpoint, training_batch
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='faults.py limits processes as Linux does')
 
 @pytest.fixture(scope='module')
 def workshop(tmp_path_factory):
