@@ -1,17 +1,17 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # ten hours on one core; what is made is kept
-    OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # beside it, on a second core
-    python results/compare.py --table                                                   # of what is there
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # six hours on one core; finished runs are kept
+    OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # a second process, for a second core
+    python results/compare.py --table                                                   # of the finished runs
 
-A run is train.py with config/compare.py and some flags. Its folder in out_compare/ is named after them. The last validation loss of a run
-goes to results/compare.csv (inf if it diverged), all of them to results/compare/. Part by part:
+A run is train.py with config/compare.py and some flags. Its folder in out_compare/ is named after them. Its last validation loss
+goes to results/compare.csv (inf if it diverged), its whole log to results/compare/. The work, in this order:
 
-1. Seed 1: from START, each scheme goes to its best neighbour, until h / 2, 2 h, rate / 2, 2 rate and 4 rate all do worse.
-2. The best of each scheme on seeds 2, 3 and 4.
-3. The same twice as deep, seed 1. h is halved there, but not standard's factor: h times the number of layers is the time that is integrated over.
-4. Leapfrog's best h by depth, with half the tokens, and with a quarter of them, at its best rate of part 1. One seed.
+1. For each scheme, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
+   rate / 4. It ends where all five do worse. Then seeds 2, 3 and 4 there.
+2. Leapfrog's best h by depth, with a quarter of the tokens, at its best rate of part 1. One seed.
+3. Twice as deep, seed 1. h is halved there, but not standard's factor: h times the number of layers is the time that is integrated over.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
@@ -24,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from itertools import combinations, product
 
@@ -33,9 +34,7 @@ START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 
          'midpoint_a': (0.25, 8e-3), 'bdia': (None, 8e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
-SIZES = *((layers, LENGTH // 2) for layers in (4, 8, 16, 32)), (LAYERS, LENGTH // 4)         # of part 4: (layers, steps)
-
-MIDDLE = '--from=middle' in sys.argv
+DEPTHS, SHORT = (4, 8, 12, 16, 32), LENGTH // 4
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -63,11 +62,11 @@ def found():
                 float(row['val_loss']) for row in csv.DictReader(file)}
 
 def made(*key):
-    """The loss of a run, which is made if it is not there. If another process is at it, this one waits."""
+    """The loss of a run, which is made if it is not there. BlockingIOError if another process is making it."""
     folder = os.path.join(ROOT, 'out_compare', name_of(*key))
     os.makedirs(folder, exist_ok=True)
     with open(f'{folder}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (loss := found().get(key)) is not None:
             return loss
         result = subprocess.run(command(*key), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -92,36 +91,41 @@ def made(*key):
 def there(*key):
     return found()[key]
 
-def climb(loss, scheme, start, layers=LAYERS, steps=LENGTH, rates=(1 / 2, 2, 4)):
-    """(h, rate) of the lowest loss on seed 1: from start to the best neighbour, until none is better."""
-    h, rate = start
-    while True:
-        near = [(h, rate), *((h, rate * k) for k in rates), *((h * k, rate) for k in (1 / 2, 2) if h)]
-        order = near[::-1] if MIDDLE else near                          # two processes at one scheme begin at its two ends
-        lowest = min(order, key=lambda point: loss(scheme, *point, 1, layers, steps))
-        if lowest == (h, rate):
-            return lowest
-        h, rate = lowest
+def climb(loss, scheme, h, rate, layers=LAYERS, steps=LENGTH, rates=(1 / 2, 2), last=(1 / 4,)):
+    """(h, rate) of the lowest loss on seed 1: from here to the first neighbour that is better, until none is."""
+    near = [*((h, rate * k) for k in rates), *((h * k, rate) for k in (1 / 2, 2) if h), *((h, rate * k) for k in last)]
+    here = loss(scheme, h, rate, 1, layers, steps)
+    for point in near:
+        if loss(scheme, *point, 1, layers, steps) < here:
+            return climb(loss, scheme, *point, layers, steps, rates, last)
+    return h, rate
 
 def best(loss, scheme):
-    return climb(loss, scheme, START[scheme])
+    return climb(loss, scheme, *START[scheme])
 
 def deep(loss, scheme):
     """The run of part 3."""
     h, rate = best(loss, scheme)
     return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, 2 * LAYERS, LENGTH
 
-def leapfrog(loss, layers, steps):
-    """Its best h at this depth and length. The search begins at the power of 2 next to 3 / layers."""
+def leapfrog(loss, layers):
+    """Its best h at this depth. The search begins at the power of 2 next to 3 / layers."""
     rate = best(loss, 'leapfrog')[1]
-    return climb(loss, 'leapfrog', (2.0 ** round(math.log2(3 / layers)), rate), layers, steps, rates=())[0]
+    return climb(loss, 'leapfrog', 2.0 ** round(math.log2(3 / layers)), rate, layers, SHORT, rates=(), last=())[0]
 
-def parts():
-    """Lists of functions that make runs."""
-    yield [lambda scheme=scheme: best(made, scheme) for scheme in START]
-    yield [lambda scheme=scheme, seed=seed: made(scheme, *best(made, scheme), seed, LAYERS, LENGTH) for seed, scheme in product(SEEDS, START)]
-    yield [lambda scheme=scheme: made(*deep(made, scheme)) for scheme in START]
-    yield [lambda size=size: leapfrog(made, *size) for size in SIZES]
+def seeds(loss, scheme):
+    return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
+
+def work():
+    """Functions that make runs."""
+    schemes = list(START)
+    middle = len(schemes) // 2 * ('--from=middle' in sys.argv)
+    for scheme in schemes[middle:] + schemes[:middle]:
+        yield lambda scheme=scheme: seeds(made, scheme)
+    for layers in DEPTHS:
+        yield lambda layers=layers: leapfrog(made, layers)
+    for scheme in schemes:
+        yield lambda scheme=scheme: made(*deep(made, scheme))
 
 def two_sided(t, degrees):
     """p of Student's t, for an even number of degrees of freedom (Abramowitz and Stegun, 26.7.4)."""
@@ -143,7 +147,7 @@ def table():
     rows = {}
     for scheme in START:
         with suppress(KeyError):            # of a run that is not there yet
-            row = [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
+            row = seeds(loss, scheme)
             if max(row) < math.inf:
                 rows[scheme] = row
                 print(f'{scheme:12}{best(loss, scheme)}' + ''.join(f'{value:9.4f}' for value in row)
@@ -158,11 +162,11 @@ def table():
         with suppress(KeyError):
             print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
     print('\nleapfrog: the best h, and all that were tried')
-    for layers, steps in SIZES:
+    for layers in DEPTHS:
         with suppress(KeyError):
-            h, rate = leapfrog(loss, layers, steps), best(loss, 'leapfrog')[1]
-            print(f'{layers} layers, {steps} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
-                  if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, steps)))
+            h, rate = leapfrog(loss, layers), best(loss, 'leapfrog')[1]
+            print(f'{layers} layers, {SHORT} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
+                  if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, SHORT)))
 
 def pairs(rows):
     """
@@ -189,8 +193,11 @@ def pairs(rows):
 if __name__ == '__main__':
     if unknown := set(sys.argv[1:]) - {'--table', '--from=middle'}:
         sys.exit(f'{min(unknown)} is not known: give --table, --from=middle or nothing')
-    for part in [] if '--table' in sys.argv else parts():
-        middle = len(part) // 2 * MIDDLE
-        for work in part[middle:] + part[:middle]:
-            work()
+    left = [] if '--table' in sys.argv else list(work())
+    while left:
+        for piece in list(left):
+            with suppress(BlockingIOError):             # the other process is at it: come back later
+                piece()
+                left.remove(piece)
+        time.sleep(5)
     table()
