@@ -1,6 +1,6 @@
 """
-What reversibility costs and saves, against what one would use instead: a standard GPT with the same weights on the same
-tokens, that stores its activations, or checkpoints them (every block is evaluated again in the backward pass).
+What reversibility costs and saves, compared with a standard GPT that stores its activations, or checkpoints them (evaluates every
+block again in the backward pass). All have the same weights and tokens.
 
     python bench.py depth --shape=gpt2              # memory against the number of layers
     python bench.py batch --shape=gpt2 --budget_gb=[24,80]          # the largest batch under a budget of memory
@@ -11,9 +11,9 @@ tokens, that stores its activations, or checkpoints them (every block is evaluat
     python bench.py throughput                      # tokens/s at equal batch; with --budget_gb at the largest of each
     torchrun --standalone --nproc_per_node=8 bench.py throughput ...            # the batch of each GPU
 
-On a GPU memory is measured: what torch allocates, of which a budget is a hard limit. Elsewhere it is counted (Count in
-runtime.py): live bytes of two steps of AdamW, eager; an allocator's gaps, CUDA and work spaces come on top. GB and MB are
-10^9 and 10^6 bytes. Time is measured in turns, and a ratio is between neighbours in time. --json=FILE keeps the rows.
+On a GPU memory is measured: it is what torch allocates, and a budget is a hard limit. Elsewhere it is counted (Count in
+runtime.py): live bytes of two steps of AdamW, eager. An allocator's gaps, CUDA and work spaces are not in the count. GB and MB are
+10^9 and 10^6 bytes. For time the cases take turns, and a ratio compares neighbouring turns. --json=FILE keeps the rows.
 """
 import os
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')    # or gaps count as memory
@@ -53,12 +53,12 @@ class Knobs:
     n_embd: int = 256
     vocab_size: int = 256
     bias: bool = True
-    layers: list | None = None      # depth, batch: the numbers of layers; None: depth 12, 24, 48, batch n_layer
+    layers: list | None = None      # depth, batch, frontier, curve: the numbers of layers; None: 12, 24, 48 in depth, else n_layer
     budget_gb: float | list | None = None       # batch, length, throughput: GB that may be used; the first two need it
     chunked_loss: bool = True       # False: all logits at once, by ordinary autograd
-    slice_tokens: int = 8192        # that a layer sees at a time
-    repeats: int = 7                # throughput: turns that count, after one that does not
-    processor_time: bool = False    # throughput: the processor's seconds, of forward and backward alone; for one thread
+    slice_tokens: int = 8192        # tokens that f sees at a time, about
+    repeats: int = 7                # throughput: timed turns, after one turn to warm up
+    processor_time: bool = False    # throughput: CPU seconds of forward and backward only; for one thread
     json: str | None = None         # a file for the rows
     compile: bool = False
     device: str = 'auto'            # 'cuda', 'cpu'
@@ -89,7 +89,7 @@ if importlib.util.find_spec('revlib'):           # pip install revlib: a library
     CASES['revlib'] = dict(scheme='standard', stored=0, rival='revlib')
 for name, scheme in SCHEMES.items():
     CASES |= {name + end: dict(scheme=name, **scheme, **change) for end, change in ENDS.items()}
-CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits, stored=0) for bits in (4, 0)}      # it is 1 bit
+CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits, stored=0) for bits in (4, 0)}      # midpoint_a has 1 bit
 
 MODES = dict(depth='standard,checkpointed,leapfrog,midpoint_a', frontier='standard,leapfrog',
              batch='standard,checkpointed,checkpointed/sliced,checkpointed/bf16,midpoint,leapfrog,symplectic',
@@ -101,7 +101,7 @@ knobs = configure(Knobs, sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
 if mode not in MODES:
     sys.exit(f"unknown mode '{mode}': write python bench.py and one of {', '.join(name for name in MODES if name != 'resident')}")
 budgets = knobs.budget_gb if isinstance(knobs.budget_gb, list) else [knobs.budget_gb] if knobs.budget_gb else []
-# of what a mode has; revlib's backward pass leaves autocast
+# left out of a mode's cases; revlib's backward pass runs outside autocast
 left_out = ['/dial'] * bool(budgets) + ['/bf16'] * (knobs.dtype != 'bfloat16') + ['revlib'] * (knobs.dtype != 'float32')
 cases = (knobs.cases or ','.join(name for name in MODES[mode].split(',')
                                  if name in CASES and not name.endswith(tuple(left_out)))).split(',')
@@ -112,7 +112,7 @@ for what, given, known in (('shape', [knobs.shape or 'gpt2'], SHAPES), ('case', 
     if unknown := [name for name in given if name not in known]:
         sys.exit(f"unknown {what} '{unknown[0]}': choose among {', '.join(known)}")
 if (mode != 'throughput' or budgets) and (wrong := [name for name in cases if name.endswith('/dial')]):
-    sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone')
+    sys.exit(f'{wrong[0]} is a case of throughput at equal batch alone: use the mode throughput, without --budget_gb')
 if 'checkpointed/bf16' in cases and knobs.dtype != 'bfloat16':
     sys.exit(f'checkpointed/bf16 needs --dtype=bfloat16, not {knobs.dtype}')
 if not all(type(n) is int and n > 0 for n in layers) or mode == 'depth' and len(set(layers)) < 2:
@@ -125,7 +125,7 @@ if world > 1 and mode not in ('batch', 'throughput'):
     sys.exit(f'{mode} measures one process: start it without torchrun')
 here = start(knobs)
 if mode in ('check', 'resident') and here.kind != 'cpu':
-    fail(f'{mode} looks at the resident memory of a CPU: give --device=cpu')
+    fail(f'{mode} measures the resident memory of a process on a CPU: give --device=cpu')
 if knobs.compile and (mode in ('frontier', 'curve', 'check') or here.kind != 'cuda' and (mode != 'throughput' or budgets)):
     fail('this mode counts an eager model: leave --compile out')
 
@@ -133,7 +133,7 @@ if knobs.compile and (mode in ('frontier', 'curve', 'check') or here.kind != 'cu
 # models, tokens, a step
 
 def build(name, weights=None, device=None, **change):
-    """The model of this case, its weights from this seed, or those of another model: shared, not copied."""
+    """The model of this case, with weights from this seed, or those of another model: shared, not copied."""
     options = {**shape, **CASES[name], 'slice_tokens': knobs.slice_tokens, **change}
     part, rival = options.pop('stored'), options.pop('rival', None)
     options.setdefault('stored_layers', int(part * options['n_layer']) if part != 'dial' else 0)
@@ -238,8 +238,8 @@ def needs(name, B, T, n_layer=shape['n_layer'], **change):
 
 def line(name, n_layer, **change):
     """
-    (bytes without sequences, bytes per sequence) of each phase of training, of which backward has as many as gradients arrive.
-    Beyond a few slices a phase grows by the same for every slice: two counts say all. A test compares with a third batch.
+    (fixed bytes, bytes per sequence) of each phase of training; a backward pass has one phase per gradient. Beyond a few slices, every
+    further slice adds the same to a phase, so two batches determine the line. A test compares with a third batch.
     """
     few = 4 * max(1, knobs.slice_tokens // T)
     phases = [counted(name, B, T, n_layer, **change)[2] for B in (few, 2 * few)]
@@ -263,14 +263,14 @@ def largest(memory_of, limit, top=10**9):
 # the modes
 
 def cap(gigabytes):
-    """From now on torch refuses to allocate more on the GPU."""
+    """From now on torch refuses to allocate more than this on the GPU."""
     total = torch.cuda.get_device_properties(here.device).total_memory
     if gigabytes * 1e9 > total:
         fail(f'budget_gb = {gigabytes}: this GPU has {total / 1e9:.1f}')
     torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
 
 def search(name, gigabytes, n_layer=shape['n_layer']):
-    """The largest batch under this budget: that survives three steps on a GPU, or whose counted peak fits."""
+    """The largest batch under this budget: on a GPU one that survives three steps, elsewhere one whose counted peak fits."""
     if here.kind != 'cuda':
         return max(0, min(int((gigabytes * 1e9 - fixed) // each) for fixed, each in line(name, n_layer) if each > 0))
     cap(gigabytes)
@@ -287,7 +287,7 @@ def depth():
         row(name, **{'MB per layer': statistics.linear_regression(layers, peaks).slope / 1e6},
             **{f'{n} layers': p / 1e6 for n, p in zip(layers, peaks)}, layers=layers)
 
-# as quoted, for GPT-2 small at T = 1024: the largest batches by gigabytes; for C = 512 under 80 GB: by layers
+# the paper's largest batches: for GPT-2 small at T = 1024 by budget in GB, for C = 512 under 80 GB by number of layers
 PAPER = {('gpt2', gb, 12): dict(standard=a, midpoint=b) for gb, a, b in ((24, 6, 58), (40, 12, 119), (48, 15, 140), (80, 26, 257))}
 PAPER |= {('paper', 80, n): dict(standard=a, midpoint=b)
           for n, a, b in ((16, 326, 1550), (32, 176, 1374), (64, 88, 1076), (96, 52, 874))}
@@ -338,17 +338,17 @@ def check():
     """Counted memory beside the peak of a fresh process, above what it had before its model."""
     for name in cases:
         flags = [arg for arg in sys.argv[2:] if not arg.startswith(('--cases', '--json'))]
-        # glibc keeps small free blocks for reuse: from this size on it must give them back
+        # glibc keeps smaller free blocks for reuse; from this size on it must give them back
         child = subprocess.run([sys.executable, __file__, 'resident', *flags, f'--cases={name}'], stdout=subprocess.PIPE,
                                text=True, env=dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536'))
         if child.returncode:
-            fail(f'{name} did not get through: what it says stands above')
+            fail(f'{name} failed: its own message is above')
         found, (expected, *_, kinds) = int(child.stdout.split()[-1]), counted(name, knobs.batch_size, T, shape['n_layer'])
         row(name, batch=knobs.batch_size, **{'counted MB': expected / 1e6, 'resident MB': found / 1e6, 'ratio': found / expected,
                                                **{f'{kind} MB': size / 1e6 for kind, size in kinds.items()}})
 
 def resident():
-    """What check calls, in a process of its own; Linux."""
+    """The child process of check(), on Linux: prints the bytes of its peak above what it had before the model."""
     def status(key):
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
@@ -364,7 +364,7 @@ def spread(values):
 
 def throughput():
     if world > 1:
-        say(f'{world} processes: the batch is that of each, tokens/s are those of all')
+        say(f'{world} processes: batch is per process, tokens/s is the sum of all')
     for gigabytes in budgets or [None]:
         take_turns(gigabytes)
 
@@ -397,7 +397,7 @@ def take_turns(gigabytes):
                     del models[name], times[name]
                 else:
                     times[name] += [seconds] * (turn > 0)
-    finally:                                    # what there is, of an interrupted run too
+    finally:                                    # also of an interrupted run, as far as it got
         for name in sizes:
             speeds = {each: [sizes[each] * T * world / seconds for seconds in times.get(each, [])]
                       for each in (name, 'standard', 'checkpointed', name.replace('/float', ''))}
@@ -412,7 +412,7 @@ def take_turns(gigabytes):
 
 row = open_table(knobs.json, provenance(here, knobs))
 signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell may have a job in the background ignore Ctrl-C
-alone = [dist.new_group([r]) for r in range(world)][rank] if world > 1 else None     # where running out of memory hangs nobody
+alone = [dist.new_group([r]) for r in range(world)][rank] if world > 1 else None     # so that no process waits for one that runs out of memory
 try:
     globals()[mode]()
 except KeyboardInterrupt:

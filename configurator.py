@@ -1,6 +1,6 @@
 """
-What the scripts share before they start: the command line, and the machine they find. Their knobs are the fields of one
-flat dataclass; set them by files and by flags, in the order given, the last one wins:
+The command line and the choice of device, shared by the scripts. The knobs of a script are the fields of one flat dataclass.
+Files and flags set them, in the order given; the last one wins:
 
     python train.py config/gpt2_rev.py                          # a file of lines "name = value"
     python train.py config/gpt2_rev.py --batch_size=8           # and one of its values changed
@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 
 def configure(knobs, argv):
-    """An instance of the dataclass knobs with what argv sets; an error in argv ends the program in a sentence."""
+    """An instance of the dataclass knobs with the values from argv. An error in argv ends the program with one sentence."""
     types, values = {field.name: field.type for field in fields(knobs)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
@@ -42,7 +42,7 @@ def configure(knobs, argv):
     return knobs(**values)
 
 def print_help(knobs):
-    """The fields and their comments, as the source has them: its own, and then those of the class it builds on."""
+    """Prints the fields of the class and then those that it inherits, with their comments, as the source has them."""
     shown = set()
     for cls in knobs.__mro__[:-1]:
         for line in inspect.getsource(cls).split('\n    def ')[0].splitlines():
@@ -100,7 +100,7 @@ def machine(device, dtype):
     return device, dtype, f'device {device} ({why_device}), dtype {dtype} ({why_dtype})'
 
 def check_config(config, schemes, default_h):
-    """ValueError, in a sentence, for a GPTConfig that makes no model: its sizes, and what its scheme needs."""
+    """Raises a ValueError of one sentence if no model can have this GPTConfig: checks the sizes, and what the scheme needs."""
     def must(right, sentence):
         if not right:
             raise ValueError(sentence)
@@ -116,7 +116,7 @@ def check_config(config, schemes, default_h):
     weights = config.n_embd * (config.n_layer * (2 * config.n_embd + 2 * config.n_inner) + config.vocab_size + config.block_size)
     must(config.n_layer <= 10000, f'n_layer = {config.n_layer} must be 10000 or less')
     must(weights < 2**40, f'n_layer = {config.n_layer}, n_embd = {config.n_embd}, n_inner = {config.n_inner}, '
-         f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: these are too many weights for any machine')
+         f'vocab_size = {config.vocab_size}, block_size = {config.block_size}: too many weights for any machine, choose smaller sizes')
     hs = config.n_embd // config.n_head
     must(config.rope_theta is None or hs % 2 == 0 and config.rope_theta > 0,
          f'rotary positions need an even n_embd / n_head, not {hs}, and a rope_theta above 0, not {config.rope_theta}')
@@ -141,4 +141,4 @@ def check_config(config, schemes, default_h):
             must(not config.exact or n % 2 == 1 and power <= 256,
                  f'a = {a} cannot be undone exactly: it must be an odd number over a power of two up to 256, such as 1, '
                  '-0.5 = -1/2 or 0.75 = 3/4')
-            must(a != 0, 'a = 0 forgets p_prev, and no backward pass can rebuild it')
+            must(a != 0, 'a = 0 forgets p_prev, so no backward pass can rebuild it: give another a')

@@ -8,8 +8,8 @@ Zero-shot accuracy on multiple-choice questions, and validation loss, of one mod
 
 A question is answered with the continuation that the model finds likeliest: the sum of its tokens' log-probabilities (acc),
 or that sum divided by the length of the answer in bytes (acc_norm). Prompts and scoring are those of lm-evaluation-harness
-(https://github.com/EleutherAI/lm-evaluation-harness, version 0.4), which calls acc_norm by bytes acc_bytes; its own acc_norm
-divides by characters, the same wherever the text is ASCII. The questions are downloaded once, into data/tasks.
+(https://github.com/EleutherAI/lm-evaluation-harness, version 0.4), which calls our acc_norm acc_bytes. Its own acc_norm divides by
+characters, which is the same for ASCII text. The questions are downloaded once, into data/tasks.
 """
 import json
 import math
@@ -34,9 +34,9 @@ from runtime import all_reduce, fail, leave, main, open_data, rank, say, start, 
 @dataclass
 class Knobs:
     init_from: str = 'out/best.pt'          # checkpoints or anything GPT.from_pretrained takes, commas between them
-    tasks: str = ''                         # of those above, commas between them
-    datasets: str = ''                      # of data/, whose validation loss is wanted, commas between them
-    json: str = 'evaluation.json'           # where all of it is written, too
+    tasks: str = ''                         # some of piqa,arc_easy,arc_challenge,openbookqa,winogrande,hellaswag, commas between them
+    datasets: str = ''                      # folders of data/ whose validation loss is computed, commas between them
+    json: str = 'evaluation.json'           # the file that gets all results
     batch_size: int = 16                    # sequences
     block_size: int | None = None           # tokens of a window of validation data; None: all the model sees
     eval_windows: int = 400                 # such windows
@@ -139,8 +139,8 @@ def log_likelihoods(model, pairs, batch_size, autocast, bar=None):
     pair that leaves nothing to score, or a continuation longer than the model sees.
     """
     if any(not (context and 0 < len(continuation) <= model.config.block_size) for context, continuation in pairs):
-        raise ValueError(f'a question or an answer has no token, or an answer has more than the {model.config.block_size} '
-                         'that the model sees')
+        raise ValueError(f'a question or an answer has no token, or an answer is longer than the {model.config.block_size} '
+                         'tokens that the model sees')
     device = model.lm_head.weight.device
     result = [0.0] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -201,7 +201,7 @@ def split(names):
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     here = start(knobs)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention plans for every new length, and texts have many
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every new length, and texts have many lengths
     models, tasks, datasets = (split(names) for names in (knobs.init_from, knobs.tasks, knobs.datasets))
     for task in tasks:
         if task not in SOURCES:
@@ -227,7 +227,7 @@ if __name__ == '__main__':
         try:
             model, meta = build(name, dropout=0.0)
             if tasks and meta['encoding'] == 'chars':
-                fail(f'{name} reads the characters of its own text alone: only --datasets make sense for it')
+                fail(f'{name} knows only the characters of its own text: give --datasets instead of --tasks')
             encode = tokenizer(meta)[0] if tasks else None
             model.to(here.device).eval()
             report[name] = dict(tasks={}, datasets={})
@@ -246,7 +246,7 @@ if __name__ == '__main__':
                     fail(f'block_size = {windows.block_size}: {name} sees {model.config.block_size} tokens at most')
                 loss = validation_loss(model, val_data, windows, here, bar=True)
                 if not loss < 700:
-                    fail(f'{name}, {dataset}: the loss is {loss}')
+                    fail(f'{name}, {dataset}: the loss is {loss}: try --dtype=float32')
                 report[name]['datasets'][dataset] = dict(loss=loss, perplexity=math.exp(loss))
                 keep()
         except ValueError as error:

@@ -2,15 +2,15 @@
 A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is in this file.
 
 In GPT-2 a block adds its output to the state p: p_next = p + f(p). From p_next alone p cannot be recovered,
-so backpropagation stores all activations. Now let depth be time, and step with two states, both the embedding at
-the start:
+so backpropagation stores all activations. Now let depth be time, and keep two states, which both start as the
+embedding:
 
     p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
-    p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() beneath it
+    p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() below
 
 The second line is the first one solved for p_prev. So only the last two states are kept. The backward pass walks down
 the steps, evaluates f(p) once per step, and uses it twice: to rebuild p_prev, and for the gradients. Rounding would make
-rebuilt states drift from the true ones. So states are int64 numbers in fixed point: integers undo an addition exactly.
+rebuilt states drift from the true ones. So states are fixed-point numbers in int64: adding integers can be undone exactly.
 
 The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for Efficient
 Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. The transformer is nanoGPT's, or Llama's.
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_config
 
 # -----------------------------------------------------------------------------
-# the schemes: (a, b, c) of the recurrence, from a layer's settings: a, which only midpoint_a has, and the step size h
+# the schemes: a layer's (a, h) -> (a, b, c) of the recurrence. h is the step size; only midpoint_a uses the layer's a
 
 SCHEMES = {
     'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
@@ -41,15 +41,15 @@ DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # s
 
 class Coefficients(NamedTuple):
     """
-    Of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0 except in
-    midpoint_a, where a may be a fraction: dividing by 2^bits drops that many bits per element, which rebuild() needs.
-    They wait in ctx.saved. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
+    The coefficients of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0
+    except in midpoint_a, where a may be a fraction. Dividing by 2^bits cuts off that many bits per element. rebuild() needs
+    them, so ctx.saved keeps them. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
     """
     n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
     m: int
     c: float
     bits: int
-    inverse: float  # 1 / n; for integers modulo 2^64
+    inverse: float  # 1 / n; for integer states an integer, modulo 2^64
 
 @dataclass
 class GPTConfig:
@@ -64,16 +64,16 @@ class GPTConfig:
     norm_eps: float = 1e-5
     mlp: str = 'gelu'                       # GPT-2's; Llama's is 'swiglu'
     n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
-    n_kv_head: int | None = None            # heads of keys and values, if fewer than those of queries; None: n_head
+    n_kv_head: int | None = None            # key and value heads, if fewer than query heads (grouped-query attention); None: n_head
     rope_theta: float | None = None         # base of rotary positions (Llama); None: learned positions (GPT-2)
-    tied: bool = True                       # the head and the embedding are one matrix
+    tied: bool = True                       # the embedding matrix is also the output head's (weight tying)
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
-    a: float | list | str | None = None     # midpoint_a: a number or one per layer; None is 'random', as in the paper; or 'bdia'
-    stored_layers: int | None = None        # the last layers keep their graph; None: 0, but all in 'standard'
+    a: float | list | str | None = None     # midpoint_a: a number, or one per layer; None or 'random': drawn as in the paper; or 'bdia'
+    stored_layers: int | None = None        # how many of the last layers store their activations; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after backward, compare the two rebuilt first states
-    slice_tokens: int = 8192                # about so many tokens, in whole sequences, per call of f, whose graph takes most memory
+    verify: bool = True                     # after backward, check that the two rebuilt first states are equal
+    slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: its graph takes most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -81,7 +81,7 @@ class GPTConfig:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
         self.h = DEFAULT_H.get(self.scheme) if self.h is None and self.a != 'bdia' else self.h
         self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
-        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if it makes no model
+        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if no model can have these settings
         if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
             sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
             a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
@@ -89,8 +89,8 @@ class GPTConfig:
 
     def coefficients(self):
         """
-        The Coefficients of every layer. BDIA (arXiv 2407.09093) has h = 1 + a, with a drawn from 1/2 and -1/2: here at every
-        call, so for each micro-batch and layer; in its paper for each sequence and layer.
+        The Coefficients of every layer. In BDIA (arXiv 2407.09093) a is 1/2 or -1/2 at random, and h = 1 + a. Here every call
+        draws one a per layer, so the sequences of a micro-batch share it; in its paper every sequence has its own.
         """
         result, a, h = [], self.a, self.h
         if a == 'bdia':
@@ -98,9 +98,9 @@ class GPTConfig:
             h = [1 + x for x in a]
         for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (a, h))):
             a, b, c = SCHEMES[self.scheme](a, h)
-            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # over a power of two; n is odd, or 0
+            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # denominator: a power of two; n is odd, or 0
             m = int(b * denominator) if self.exact else b
-            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard has none
+            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard, a = 0, has none
             result.append(Coefficients(n, m, c, denominator.bit_length() - 1, inverse))
         return result
 
@@ -109,8 +109,8 @@ class GPTConfig:
 
 def rotate(x, theta, first):
     """
-    Rotary positions (arXiv 2104.09864), x (B, nh, T, hs): at position t >= first, channels i and i + hs/2, paired as in
-    transformers' Llama, turn by the angle t * theta^(-2i / hs).
+    Rotary positions (arXiv 2104.09864) for x (B, nh, T, hs), whose first token has position first. At position t, channels i
+    and i + hs/2, paired as in transformers' Llama, are rotated by the angle t * theta^(-2i / hs).
     """
     T, hs = x.shape[-2:]
     frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)                # (hs/2)
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
-        # at first a token sees itself and earlier ones; later there is one new token, and it sees all
+        # without earlier tokens in a cache attention is causal; with them there is a single new token, and it sees all
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=first == 0)
         y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, nh, T, hs) -> (B, T, C): heads side by side again
         return F.dropout(y, self.dropout, self.training)
@@ -157,7 +157,7 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, dim=-1)                        # (B, T, n_inner) each
             x = F.silu(gate) * x                                # SwiGLU, arXiv 2002.05202
         else:
-            x = F.gelu(x, approximate='tanh')                   # GPT-2's GELU is the tanh one
+            x = F.gelu(x, approximate='tanh')                   # GPT-2's GELU is the tanh approximation
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 def norm(config):
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         y = self.attention(x, cache)
-        return y + self.feedforward(x + y)                      # nanoGPT: x + y + ...
+        return y + self.feedforward(x + y)                      # nanoGPT's Block also adds x
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         self.config = config
         self.coefficients = config.coefficients()
         self.recurrence, self.chunk_loss = (advance, rebuild), chunk_loss       # runtime.py's compile_parts() replaces them
-        self.mismatches = 0                                     # counted by verify(); agree() of runtime.py resets it
+        self.mismatches = 0                                     # wrong elements that verify() has counted; agree() of runtime.py resets it
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.transformer.wte.weight   # one matrix reads tokens in and out
+            self.lm_head.weight = self.transformer.wte.weight   # one matrix embeds tokens and makes logits
         for name, weight in self.named_parameters():            # GPT-2's initialisation
             if name.endswith('bias'):
                 nn.init.zeros_(weight)
@@ -236,15 +236,15 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA trains a standard net
-            for j, f, _ in self.steps():                        # checkpoint(): forget the graph of f, build it again
+        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA's trained net is standard
+            for j, f, _ in self.steps():                        # checkpoint(): drop the graph of f, and build it again in backward
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
         if config.a == 'bdia':
             self.coefficients = config.coefficients()           # drawn anew
-        # States and gradients are on the tape. Autograd sees a chain of handles, x and then dummy zeros, which fixes the order:
-        # LastState.backward() puts dL/dp on the tape, each step's moves one layer down, and the first step's returns dL/dx.
+        # The tape holds states and gradients. Autograd sees only a chain of handles, x and then dummy zeros, which fixes the order:
+        # LastState.backward() puts dL/dp on the tape, each step's backward() moves it one layer down, the first step's returns dL/dx.
         tape = Tape(self, x, cache)
         handle = x
         for j, f, modules in self.steps():
@@ -260,15 +260,15 @@ class GPT(nn.Module):
                 yield j, block.attention, (block.ln_1, block.attn)
                 yield j, block.feedforward, (block.ln_2, block.mlp)
             elif self.config.scheme == 'midpoint_sum' and before:
-                # p_next - p_prev: the sum of two blocks
+                # f(p) = p_next - p_prev is the sum of two blocks
                 yield j, lambda x, cache=None, f=before, g=block: f(x, cache) + g(x, cache), (before, block)
             else:
                 yield j, block, (block,)
 
     def loss(self, x, targets, criterion=None, *others, chunk=1024):
         """
-        Mean loss of x (B, T, C) from last_state(). A criterion has (logits (N, V), targets (N), *others (N, ...)) -> sum
-        of N losses, and must not depend on a number that is added to all logits of a row. others are (B, T, ...) here.
+        Mean loss of x (B, T, C) from last_state(). A criterion maps (logits (N, V), targets (N), *others (N, ...)) to the sum of
+        N losses. Adding one number to all logits of a row must not change it: see head(). others are (B, T, ...) here.
         """
         norm, with_grad = self.transformer.ln_f, torch.is_grad_enabled()
         return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, [y.flatten(0, 1) for y in (targets, *others)],
@@ -278,14 +278,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
-        """A model of the hub, a folder of save_pretrained, or nanoGPT's ckpt.pt: pretrained.py has the names."""
+        """A model of the Hugging Face hub, a folder of save_pretrained(), or a checkpoint, ours or nanoGPT's: see pretrained.py."""
         from pretrained import build
         return build(name_or_folder, **overrides)[0]
 
     def generate(self, idx, max_new_tokens, **kwargs):
         """
-        idx (B, T) tokens -> (B, T + max_new_tokens): idx, and what stream() of sample.py yields. Call model.eval() first: in
-        training mode dropout and BDIA draw at random here, too.
+        idx (B, T) tokens -> (B, T + max_new_tokens): idx, then the tokens of stream() in sample.py. Call model.eval() first: in
+        training mode dropout is active, and BDIA draws its a at random.
         """
         from sample import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)
@@ -302,8 +302,8 @@ class ReversibleStep(torch.autograd.Function):
         g_prev  = a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    (+=: g already holds the g_prev of the step above, whose p_prev is p). The weights are arguments so that their gradients leave
-    step by step, even where the embedding is frozen: DistributedDataParallel sends them while others are computed.
+    (+=: g already holds the g_prev of the step above, whose p_prev is p). The weights are arguments so that autograd gets their
+    gradients step by step, even if the embedding is frozen: DistributedDataParallel sends some while others are computed.
     """
 
     @staticmethod
@@ -311,15 +311,15 @@ class ReversibleStep(torch.autograd.Function):
         ctx.tape, ctx.depth, ctx.f, ctx.coefficients = tape, tape.depth, f, coefficients
         ctx.autocast = tape.autocast(weights)
         ctx.rng_state = tape.generator.get_rng_state() if tape.dropout else None
-        ctx.save_for_backward(*weights)         # no copies; autograd complains if they change before backward
-        ctx.saved = []                          # of each slice: the graph of f if it is stored, and the bits cut off
+        ctx.save_for_backward(*weights)         # no copies; autograd raises an error if they change before backward
+        ctx.saved = []                          # per slice: the graph of f, if it is stored, and the bits that were cut off
         for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (S, T, C) each: S sequences
             x, fx = build_graph(ctx, p)                                         # p as floats and f(p), (S, T, C) each
             tape.watch(coefficients, fx.detach())
             _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
             ctx.saved.append(((x, fx) if store_graph else None, cut_off))
-            del x, fx                           # and with them the graph, before the next one is built
-        # lower, upper: p_prev, p before the loop; p_next, p after it
+            del x, fx                           # frees the graph, unless it is stored, before the next one is built
+        # (lower, upper) was (p_prev, p) before the loop, and is (p, p_next) after this swap
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth + 1
         return handle.new_zeros(())
 
@@ -333,7 +333,7 @@ class ReversibleStep(torch.autograd.Function):
         if tape.g_lower is None:                # in the last step nothing has been added to the gradient of p yet
             tape.g_lower = torch.zeros_like(tape.g_upper)
         with torch.random.fork_rng([zero.device] * (tape.kind != 'cpu'), enabled=tape.dropout, device_type=tape.kind):
-            if tape.dropout:                    # the same masks again; fork_rng() leaves no trace of that
+            if tape.dropout:                    # draw the same masks again; fork_rng() then restores the generator
                 tape.generator.set_rng_state(ctx.rng_state)
             slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
             for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (S, T, C) each
@@ -343,15 +343,15 @@ class ReversibleStep(torch.autograd.Function):
                 g += c_vjp.add_(g_next, alpha=b) if b else c_vjp                # g += b * g_next + c * J^T g_next
                 if a != 1: g_next *= a                                          # g_prev, in the memory of g_next
                 g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
-        # lower, upper: p, p_next before the loop; p, p_prev after it. Likewise their gradients
+        # (lower, upper) was (p, p_next) before the loop, and is (p_prev, p) after this swap; likewise the gradients
         tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
-        ctx.saved = None                        # the loss may outlive this pass, and would keep them
+        ctx.saved = None                        # the loss may outlive this pass, and would keep these alive
         g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # below: frozen, and the sum unused, or x = p_{-1} = p_0
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # the last step to undo: all below is frozen, or x = p_{-1} = p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
             if ctx.depth == 0: tape.verify()
-            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # as ctx.saved above
+            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason as ctx.saved
         return g_handle, None, None, None, None, *g_weights
 
 class LastState(torch.autograd.Function):
@@ -365,12 +365,12 @@ class LastState(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        ctx.tape.g_upper = g.clone()            # autograd may still need its own, and the steps change ours in place
+        ctx.tape.g_upper = g.clone()            # a copy: autograd may still need g, and the steps change g_upper in place
         return g.new_zeros(()), None
 
 def build_graph(ctx, p):
     """
-    The state p (S, T, C) as floats x, f(x), and the graph between them. Forward builds it even if it is not stored: without
+    (x, f(x)), where x is the state p (S, T, C) as floats. Forward builds the graph between them even if it is not stored: without
     a graph, attention and torch.compile may choose kernels that round differently, and backward would get other bits.
     """
     x = to_float(p, ctx.tape.dtype).requires_grad_()
@@ -378,14 +378,14 @@ def build_graph(ctx, p):
         return x, ctx.f(x, ctx.tape.cache)
 
 def n_slices(B, T, slice_tokens):
-    """Slices per batch: equal ones, if fewer than twice the least will do, since torch.compile makes a graph per size."""
+    """How many slices to make: equal ones, if that takes fewer than twice the least number, since torch.compile makes a graph per size."""
     least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
 class Tape:
     """
-    The only two states in memory, and their gradients. The forward pass moves the pair up the stack, the backward pass
-    down again. f treats each sequence alone, so a step goes slice by slice: the graph of f exists for one at a time.
+    The two states, and their gradients. The forward pass moves the pair up the stack, the backward pass down again. f treats
+    each sequence on its own, so a step goes slice by slice. A graph of f that is not stored exists for one slice at a time.
     """
     def __init__(self, model, x, cache):
         self.model, self.cache = model, cache
@@ -394,30 +394,30 @@ class Tape:
         self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
         (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
         self.kind = x.device.type
-        self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # of random numbers
-        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)   # a cache is of all
+        self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # has get_rng_state(), set_rng_state()
+        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)   # a cache covers the whole batch
         self.norms = [(None, torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype)))]    # of p_0, then of every f(p)
 
     def slices(self, *tensors):
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
     def autocast(self, weights):
-        """Its settings now, for backward, which runs outside it. Its own cache would keep every layer's cast weights."""
+        """Autocast's settings now, for backward, which runs outside it. Its weight cache is off in training: it would keep all cast weights."""
         return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not weights,
                     enabled=torch.is_autocast_enabled(self.kind))
 
     def watch(self, coefficients, fx):
-        """Integers know neither inf nor NaN, and wrap silently, so the norms of f(p) are remembered as floats."""
+        """Integers have no inf or NaN, and wrap silently. So the norms of f(p) are recorded, as floats."""
         if self.lower.dtype == torch.int64:
             self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
 
     def verify(self):
-        """Below the first step both states must be p_0. Steps are one to one, so a wrong bit in a state cannot vanish."""
+        """With the first step undone, both states must be p_0. Steps are one-to-one, so a wrong bit in a state cannot vanish."""
         if self.model.config.verify and self.lower.dtype == torch.int64:
             self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
     def last_state(self):
-        """As floats (B, T, C); NaN if an f(p) was inf or NaN, or if a number may have left the range of integers."""
+        """The last state as floats (B, T, C): NaN if an f(p) was inf or NaN, or if an element may have left the range of integers."""
         last = to_float(self.upper, self.dtype)
         if self.upper.dtype == torch.int64:
             last.add_(torch.where(self.bound() < 2**31, 0.0, math.nan))
@@ -426,9 +426,9 @@ class Tape:
 
     def bound(self):
         """
-        No element of a state exceeds this, nor of n * p_prev + m * p. As a + b = 1, the difference d = p_next - p becomes
-        d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most |c| * s * its norm
-        to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
+        No element of a state is larger than this in absolute value, nor one of n * p_prev + m * p. As a + b = 1, the difference
+        d = p - p_prev becomes d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most
+        |c| * s * its norm to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
         """
         (_, bound), *norms = self.norms         # norms has one entry per slice and step
         s, a_above, widest = 1.0, 0.0, 1
@@ -447,8 +447,8 @@ ONE = 2**32         # the number 1: a state spans -2^31 to 2^31 in steps of 2^-3
 def advance(p_prev, p, fx, coefficients):
     """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (S, T, C)."""
     n, m, c, bits, _ = coefficients
-    s = p_prev                                              # a line is a pass over memory: the ifs skip * 1 and + 0
-    if n == -1: s.neg_()                                    # n * p_prev; of integers neg_ is four times as fast as mul_
+    s = p_prev                                              # each line is one pass over memory: the ifs skip * 1 and + 0
+    if n == -1: s.neg_()                                    # n * p_prev; on integers neg_ is four times as fast as mul_
     elif n != 1: s.mul_(n)
     if m != 0: s.add_(p, alpha=m)                           # + m * p
     cut_off = pack(s, bits) if bits else None
@@ -473,7 +473,7 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)        # at least float32: states would overflow float16
 
 def to_state(c, x, dtype):
-    """c * x as a state, in memory of its own."""
+    """c * x as a state, in new memory."""
     x = x.detach().to(wide(x.dtype), copy=True).mul_(c * ONE if dtype == torch.int64 else c)
     return x.round_().long() if dtype == torch.int64 else x
 
@@ -498,8 +498,8 @@ def unpack(packed, bits, shape):
 
 def head(weight):
     """
-    The weight (V, C) of the logits, detached, in autocast's dtype; in half precision, minus its mean row. That moves
-    all logits of a token alike: loss and gradients stay. Logits near -100 would have steps of 0.5 in bfloat16.
+    The weight (V, C) of the logits, detached. Under autocast it is in autocast's dtype and minus its mean row: that shifts all
+    logits of a token by the same number, so loss and gradients stay. Logits near -100 would have steps of 0.5 in bfloat16.
     """
     kind, weight = weight.device.type, weight.detach()
     if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone
@@ -542,6 +542,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, g):
         if ctx.grads is None:
             raise RuntimeError('an earlier backward pass has used up these gradients: run forward again')
-        grad_x, *grads = (grad.mul_(g) for grad in ctx.grads)   # no copies: they may be the largest tensors of all
+        grad_x, *grads = (grad.mul_(g) for grad in ctx.grads)   # in place: they may be the largest tensors of all
         ctx.grads = None
         return grad_x, grads.pop(0) if ctx.needs_input_grad[1] else None, None, None, None, None, None, *grads

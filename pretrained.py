@@ -1,5 +1,5 @@
 """
-Weights and tokenizers of pretrained models: where they are found, and which of their tensors are which of ours.
+Weights and tokenizers of pretrained models: where they are found, and how their tensors map to ours.
 
     model = GPT.from_pretrained('gpt2')                                 # also gpt2-medium, gpt2-large, gpt2-xl
     model = GPT.from_pretrained('HuggingFaceTB/SmolLM2-135M')           # any organization/name whose model is a GPT-2 or
@@ -10,9 +10,9 @@ Weights and tokenizers of pretrained models: where they are found, and which of 
     python pretrained.py out/best.pt some/folder                        # the way back: a folder for transformers,
     python pretrained.py out/best.pt ckpt.pt                            # or for nanoGPT's sample.py, of a standard model
 
-Files that the hub's own cache has (HF_HOME) are used where they are. Downloads go to the folder weights/. They come from
+Files in the cache of the Hugging Face hub (HF_HOME) are used where they are. Downloads go to the folder weights/. They come from
 https://huggingface.co or whatever the environment's HF_ENDPOINT says. HF_TOKEN is used if it is set. With HF_HUB_OFFLINE=1 nothing is
-downloaded. What is wrong with a model is said in one ValueError; a download that fails ends the program (SystemExit).
+downloaded. A problem with a model raises one ValueError; a download that fails ends the program (SystemExit).
 """
 import json
 import math
@@ -81,7 +81,7 @@ def find(name, file):
                      'HF_HUB_OFFLINE=1 to use only the files that are here')
         if status == 404:
             return None
-        if status in (401, 403):                # the hub says so of models that do not exist, too
+        if status in (401, 403):                # the hub also answers this for models that do not exist
             raise ValueError(f'{name} is no folder here, and the hub shows no such model: check the name; if the model is '
                              'private or gated, set HF_TOKEN to a token that may read it')
         download(url, path, token=token)
@@ -111,8 +111,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 def read_safetensors(path):
     """
     Name -> (shape, a function that reads the tensor), so that one is in memory at a time. The format: 8 bytes with the
-    length of a JSON header, the header, and the tensors' raw bytes. By hand, without the library safetensors: these lines need no
-    further package, and a damaged file is one sentence.
+    length of a JSON header, the header, and the tensors' raw bytes. Read here, not by the library safetensors: that saves a package,
+    and a damaged file gives one sentence.
     """
     def read(start, n, dtype, shape):
         return torch.from_numpy(np.fromfile(path, np.uint8, n, offset=start)).view(dtype).view(shape)
@@ -139,7 +139,7 @@ def read_weights(name):
     files = ['model.safetensors']
     if not os.path.exists(local(name, files[0])) and (index := find(name, 'model.safetensors.index.json')):
         shards = read_json(index).get('weight_map')
-        # a path that leaves the folder is a stranger's
+        # refuse a path that leaves the folder
         if not isinstance(shards, dict) or not all(isinstance(file, str) and re.fullmatch(r'\w[\w.-]*', file) for file in shards.values()):
             raise ValueError(f'{index} is damaged: delete it and fetch it again')
         files = sorted(set(shards.values()))
@@ -170,7 +170,7 @@ def shapes(config):
 
 def layout(family, config):
     """
-    For each of our weights: (our name, its shape, their name and rows of each of its parts, which lie one under the other,
+    For each of our weights: (our name, its shape, [(their name, rows)] of its parts, which are stacked in this order,
     whether they keep it transposed).
     """
     table, layers = FAMILIES[family]
@@ -189,10 +189,10 @@ def layout(family, config):
                family == 'gpt2' and bool(prefix) and len(shape) == 2)           # OpenAI's Conv1D: (in, out)
 
 def rename(theirs, family, config, where):
-    """Our name -> functions that read its parts from the tensors of a family: every one of ours is there, and none is left over."""
+    """Our name -> functions that read its parts from a family's tensors. ValueError if one of ours is missing, or one of theirs is left over."""
     theirs = {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in theirs.items()
               if not name.endswith(BUFFERS)}
-    ours, used = {}, {'lm_head.weight'} if config['tied'] else set()            # there or not: it is the embedding
+    ours, used = {}, {'lm_head.weight'} if config['tied'] else set()            # may be there or not: it equals the embedding
     for name, shape, sources, transposed in layout(family, config):
         ours[name] = []
         for source, rows in sources:
@@ -234,7 +234,7 @@ def config_of(theirs, where):
                 norm_eps=theirs.get('layer_norm_epsilon', 1e-5), tied=theirs.get('tie_word_embeddings', True),
                 bias=True, scheme='standard')
         if family == 'llama':
-            rope = theirs.get('rope_parameters') or {}          # where transformers 5 writes what 4 wrote beside it
+            rope = theirs.get('rope_parameters') or {}          # transformers 5 writes here what 4 wrote at the top level
             must('hidden_act', 'silu')
             must('attention_bias', False)
             must('mlp_bias', False)
@@ -301,7 +301,7 @@ def step_sizes(a):
     h of midpoint(a) for the weights of a standard net, from a of every layer. With d_j = p_{j+1} - p_j a step of the
     recurrence is d_j = -a_j d_{j-1} + h_j f_j, and the last state is p_0 + the sum of all d: so f_j arrives there h_j S_j times,
     where S_j = 1 - a_{j+1} S_{j+1}, and S is 1 in the last layer. In a standard net it arrives once, hence h_j = 1 / S_j.
-    Where a > 0, S_j may come close to 0: h = 1 + a, its inverse on average, makes p' = f of the recurrence.
+    Where some a > 0, S_j may come close to 0. Then h = 1 + a, the inverse of S where it no longer changes with j: p' = f(p) again.
     """
     if max(a) > 0:
         return [1 + x for x in a]
@@ -333,7 +333,7 @@ def build(name, **overrides):
     with torch.no_grad():
         for key, weight in model.named_parameters():
             first = 0
-            for read in weights[key]:           # beside the weights, one tensor at a time is in memory
+            for read in weights[key]:           # in memory at a time: the model, and one tensor of the source
                 part = read()[:len(weight) - first]
                 weight[first:first + len(part)] = part
                 first += len(part)
@@ -345,14 +345,14 @@ def build(name, **overrides):
 def export(source, target):
     """
     Writes a standard model, source as for load(), in a form that other programs read: a folder for transformers'
-    from_pretrained(), or, if target ends in .pt, a checkpoint for nanoGPT's sample.py, which takes all tokens for GPT-2's. Returns a sentence
-    about it. ValueError if they have no such architecture, or target is there already. nanoGPT's train.py resumes only its own
-    checkpoints. nanoGPT computes GELU exactly, and this model by GPT-2's tanh: there the logits agree to 1e-4.
+    from_pretrained(), or, if target ends in .pt, a checkpoint for nanoGPT's sample.py, which takes all tokens for GPT-2's. Returns
+    a sentence for the user. ValueError if the other program has no such architecture, or target exists. nanoGPT's train.py resumes
+    only its own checkpoints. nanoGPT computes GELU exactly, this model by GPT-2's tanh approximation: there the logits agree to 1e-4.
     """
     config, weights, meta = load(source)
     config, target = GPTConfig(**config), os.path.normpath(target)
     if os.path.exists(target):
-        raise ValueError(f'{target} is there already: name another, or delete it')
+        raise ValueError(f'{target} exists already: choose another name, or delete it')
     if config.scheme != 'standard':
         raise ValueError(f'{source} is of scheme {config.scheme}, which no other program computes: sample, evaluate and train it here. '
                          "A model trained with --a=bdia is a standard one, and can be written")
@@ -405,7 +405,7 @@ def export(source, target):
             first += rows
     os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target) or '.') as folder:
-        part = os.path.join(folder, 'part')     # gets its name when all is there
+        part = os.path.join(folder, 'part')     # renamed to target when it is complete
         os.mkdir(part)
         write_safetensors(os.path.join(part, 'model.safetensors'), tensors)
         for file, path in files.items():
@@ -446,7 +446,7 @@ def tokens_of(name):
     family, config = config_of(read_json(path), path)
     if os.path.exists(path := os.path.join(name, 'meta.json')) and 'encoding' in (meta := read_json(path)):         # of export()
         return meta
-    if family == 'gpt2':                        # with tokens of its own, or those of OpenAI: the last one is ' gazed'
+    if family == 'gpt2':                        # with a tokenizer of its own, or with OpenAI's, which has the token ' gazed' at 50255
         own = None if not os.path.isdir(name) and hub_name(name).startswith('openai-community/') else find(name, 'tokenizer.json')
         if own is None and config['vocab_size'] < 50257:
             return dict(encoding='unknown')
@@ -469,7 +469,7 @@ def tokenizer(meta):
         path = need(meta['model'], 'tokenizer.json')
         try:
             own = tokenizers.Tokenizer.from_file(path)
-        except Exception:                       # of the package's own, without a class
+        except Exception:                       # the package raises Exception itself
             raise ValueError(f'{path} is damaged: delete it and fetch it again') from None
         own.no_truncation()                     # which fine-tuning scripts leave behind
         own.no_padding()
@@ -514,7 +514,7 @@ def same_tokens(name, one, other_name, other):
                              'encode the data with the tokenizer of the model')
 
 def turn_weights(model):
-    """For sampling on a CPU: stores tall matrices by columns, which multiplies a token faster."""
+    """For sampling on a CPU: stores tall matrices column by column, which makes a matrix-vector product faster."""
     for weight in model.parameters():
         if weight.dim() == 2 and weight.size(0) > weight.size(1):
             weight.data = weight.data.t().contiguous().t()

@@ -1,21 +1,21 @@
 """
-Turns a trained standard model into a reversible one, and tunes it towards its old outputs.
+Turns a trained standard model, the teacher, into a reversible one, the student, and tunes the student to the teacher's outputs.
 
     python retrofit.py config/retrofit_python.py                        # a demonstration, minutes on a CPU
     python retrofit.py config/retrofit_gpt2.py                          # GPT-2, on a GPU
     python retrofit.py config/retrofit_gpt2.py --bits=0                 # instead of 2 per element and layer: much harder
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
-    python retrofit.py config/retrofit_gpt2.py --init_from=resume       # goes on where it stopped, bit for bit
+    python retrofit.py config/retrofit_gpt2.py --init_from=resume       # continues where it stopped, bit for bit
     python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own
 
 A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 
     p_next = a * p_prev + (1 - a) * p + h * f(p)                (paper eq. 3.6; pretrained.py derives h from a)
 
-With |a| = 2^-k a layer remembers k bits per element. --bits is a budget, the mean over the layers. How much the bits
-of each layer change the output is measured, and the bits go where they matter. At 0 bits |a| is 1, and nothing is remembered:
-only then does memory not grow with depth. The student is tuned to the teacher's distribution; in the first --anneal_part
-of the steps the budget falls from --anneal_from to --bits. The report has the validation losses, in nats per token.
+With |a| = 2^-k a layer remembers k bits per element. --bits is a budget, the mean over the layers. The script measures how much
+the bits of each layer change the output, and gives most bits to the layers that need them most. At 0 bits |a| is 1, and nothing is
+remembered: only then does memory not grow with depth. The student is tuned to the teacher's distribution; in the first
+--anneal_part of the steps the budget falls from --anneal_from to --bits. The report has the validation losses, in nats per token.
 --max_iters=0 writes the student untuned.
 """
 import functools
@@ -42,27 +42,27 @@ from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cos
 @dataclass
 class Knobs:
     out_dir: str = 'out_retrofit'           # each conversion gets a folder in it
-    init_from: str = 'teacher'              # or 'resume': the conversions that out_dir has begun
+    init_from: str = 'teacher'              # or 'resume': continue the conversions in out_dir
     teacher: str = 'gpt2'                   # a checkpoint of train.py, or anything GPT.from_pretrained takes
-    teacher_config: str | None = None       # with this config train.py makes the teacher, if there is none
+    teacher_config: str | None = None       # if there is no teacher, train.py makes it with this config
     seed: int = 1337
-    seeds: list | None = None               # each student once for each of these; None: for seed alone
+    seeds: list | None = None               # make each student once with each of these seeds; None: with seed alone
     # conversion
     conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's estimate of p_prev, twice
-                                            # the work; 'all': the full table, also of what is not tuned
+                                            # the work; 'all': the full table, with rows that are measured but not tuned
     bits: int | float | list = 0            # midpoint_a: bits per element, the mean over the layers; a list: one student each
     spread: bool = True                     # the bits go where they matter; False: all layers have the same, |a| = 2^-bits
     spread_windows: int = 4                 # training sequences on which the need for bits is measured
     sign: int = -1                          # of a
-    anneal_from: int | float = 2            # bits at first, if the student is to have fewer: they fall to its number
-    anneal_part: float = 0.35               # in this part of the steps
+    anneal_from: int | float = 2            # bits in the first step, if more than --bits: they fall to --bits
+    anneal_part: float = 0.35               # over this part of the steps
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
     batch_size: int = 8                     # sequences in a micro-batch
     gradient_accumulation_steps: int = 8    # micro-batches per step, over all processes together
     block_size: int = 1024                  # tokens in a sequence
     temperature: float = 1.0                # of both distributions
-    data_weight: float = 0.0                # of the text's own cross entropy; the rest is for the teacher
+    data_weight: float = 0.0                # weight of the text's own cross entropy; the rest is the divergence from the teacher
     learning_rate: float = 1e-4
     min_lr: float = 1e-5
     max_iters: int = 2000                   # steps
@@ -72,7 +72,7 @@ class Knobs:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
-    zero: bool = False                      # each of N processes keeps 8 / N instead of 8 bytes of moments per weight
+    zero: bool = False                      # ZeRO stage 1: each of N processes keeps 8 / N instead of 8 bytes of moments per weight
     # evaluation and machine, as in train.py
     eval_interval: int = 500
     eval_windows: int = 400
@@ -84,8 +84,8 @@ class Knobs:
 
 def a_at(step, run, table):
     """
-    a of every layer at a step. On the way the budget of bits falls evenly, and with a table those layers lose theirs first
-    that need them least. Without one a is the same in all layers, rounded to n / 256, so that it can be undone exactly.
+    a of every layer at a step. During annealing the budget of bits falls linearly. With a table, the layers that need their bits least
+    lose them first. Without one, a is the same in all layers, rounded to n / 256, so that it can be undone exactly.
     """
     if run.conversion != 'midpoint_a':
         return None
@@ -118,8 +118,8 @@ def bits_of(model):
 @functools.cache
 def sensitivity():
     """
-    {bits: for each layer, KL(teacher, student) in nats per token when it has so many and all others have 8}. A layer's h
-    depends on the a of those above it, so the others' change along.
+    {bits: for each layer, KL(teacher, student) in nats per token when it has that many and all others have 8}. A layer's h depends on
+    the a of those above it, so changing a layer changes the h of the layers below it, too.
     """
     n_layer = teacher.config.n_layer
     student = GPT(converted(teacher.config, 'midpoint_a', [1.0] * n_layer, 0)).to(here.device)
@@ -189,14 +189,14 @@ def tune(name, conversion, bits, seed):
         if 'retrofit' not in checkpoint:
             fail(f'{last} was not written by retrofit.py: choose another --out_dir')
         if checkpoint['meta'] != meta:
-            fail(f'{last} was tuned on other tokens than those of data/{knobs.dataset}: give the data it had')
+            fail(f'{last} was tuned on other tokens than those of data/{knobs.dataset}: give the --dataset it had')
         for knob, value in checkpoint['retrofit'].items():
             if getattr(run, knob) != value:
                 fail(f'{knob} = {getattr(run, knob)}, but {last} was made with {knob} = {value}: resume with the '
                      'config file and flags it was made with')
         step, before, after = (checkpoint[key] for key in ('step', 'before', 'after'))
     if all_reduce(step)[0] != step * world:
-        fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
+        fail(f'the machines have {last} of different steps: copy that of the first machine to the others')
     table = checkpoint['table'] if checkpoint else sensitivity() if conversion == 'midpoint_a' and knobs.spread else None
     a = a_at(step, run, table)
     student = GPT(converted(teacher.config, conversion, a, knobs.stored_layers)).to(here.device)
@@ -265,9 +265,9 @@ def tune(name, conversion, bits, seed):
         here.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
         loss, norm, stop = agree(step, loss, norm, student, here)
-        if stop:                            # this step is not made: the weights are those of the last one
+        if stop:                            # this step is not taken: the weights are those after the previous step
             save()
-            say(f'stopped at step {step} of {name}: go on with --init_from=resume')
+            say(f'stopped at step {step} of {name}: continue with --init_from=resume')
             return None
         here.scaler.step(optimizer)
         here.scaler.update()
@@ -287,7 +287,7 @@ def tune(name, conversion, bits, seed):
             pause = time.time()
             val_loss = validation_loss(student, val_data, knobs, here)
             if not math.isfinite(val_loss):
-                fail(f'{name}, step {step}: the validation loss is {val_loss}; stopped, and no checkpoint is written')
+                fail(f'{name}, step {step}: the validation loss is {val_loss}; stopped without writing a checkpoint: try a lower --learning_rate')
             say(f'{name}, step {step}: validation loss {val_loss:.4f}')
             record(step=step, val_loss=val_loss)
             after = val_loss if step == knobs.max_iters else None
@@ -316,7 +316,7 @@ if not knobs.temperature > 0 or not 0 <= knobs.data_weight <= 1:
 meta, train_data, val_data = open_data(knobs)
 
 def steps_lacking():
-    """How many steps the teacher's training lacks; None if there is no teacher, and its training has not begun."""
+    """How many steps of the teacher's training are missing; None if there is no teacher, and its training has not begun."""
     path = os.path.join(os.path.dirname(knobs.teacher), 'last.pt')
     if os.path.exists(path) and 'knobs' in (checkpoint := load_checkpoint(path)):      # and thus written by train.py
         return checkpoint['knobs']['max_iters'] - checkpoint['step']
@@ -326,7 +326,7 @@ catch_signals()
 try:
     if knobs.teacher_config and knobs.teacher.endswith('.pt') and (lacking := steps_lacking()) != 0:
         if world > 1:
-            fail(f'{knobs.teacher} is not there, or not done: train it first, with torchrun train.py {knobs.teacher_config}')
+            fail(f'{knobs.teacher} does not exist, or is not trained to the end: train it first, with torchrun train.py {knobs.teacher_config}')
         say(f'training {knobs.teacher} with {knobs.teacher_config}')
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
         training = subprocess.Popen([

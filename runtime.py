@@ -2,7 +2,7 @@
 What the scripts share around their loops: processes, device and dtype, data, AdamW and its schedule, checkpoint files,
 validation, the log, tables.
 
-Knobs keep their names here. Every process runs the same lines; only the first prints and writes.
+Parameters called knobs are the Knobs of the calling script. Every process runs the same lines; only the first prints and writes.
 """
 import csv
 import gc
@@ -49,7 +49,7 @@ def say(*args):
         print(*args, flush=True)
 
 def fail(sentence):
-    sys.exit(sentence if local_rank == 0 else 1)        # once on every machine: one alone may be at fault
+    sys.exit(sentence if local_rank == 0 else 1)        # printed once per machine, since only one machine may be at fault
 
 def start(knobs):
     """Checks the knobs and joins the processes; returns device, autocast and gradient scaler."""
@@ -76,7 +76,7 @@ def start(knobs):
         torch.set_float32_matmul_precision('high')      # TF32 for what stays in float32
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
-        torch._dynamo.config.optimize_ddp = False       # it would cut compiled blocks, whose gradients leave all at once
+        torch._dynamo.config.optimize_ddp = False       # it would split compiled blocks, though a block's gradients arrive all at once
     return SimpleNamespace(kind=kind, device=device, dtype=dtype,
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'), skipped=0)
@@ -84,21 +84,21 @@ def start(knobs):
 NO_MEMORY = "can't allocate memory", 'not enough memory', 'out of memory'      # as Linux, Windows and CUDA say it
 
 def explain(kind, error, traceback):
-    """As sys.excepthook: that memory or room is lacking, or another process gone, is one sentence; any other error is shown as ever."""
+    """A sys.excepthook: lack of memory, a full disk and a lost process are one sentence each; other errors are shown as usual."""
     said = str(error).lower()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in NO_MEMORY):
         print('out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps, or a smaller model', file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in NO_ROOM:
         print(f'there is no room to write ({error.strerror}): make room, and run the command again', file=sys.stderr)
     elif world > 1 and (isinstance(error, dist.DistError) or 'connection' in said or 'timed out' in said):
-        print(f'process {rank} has lost the others: torchrun names the one that ended first', file=sys.stderr)
+        print(f'process {rank} has lost the others: look for the process that torchrun reports as the first to fail', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 def restarted(last):
     """
-    Whether last is of this same run of torchrun, which has started the processes again. torchrun gives each run an id: a new one
-    with --standalone, else that of --rdzv_id, else 'none'. ValueError if it is a restart, and last is damaged.
+    Whether this same run of torchrun wrote the checkpoint last, and should continue from it. torchrun gives each run an id: a new one
+    with --standalone, else that of --rdzv_id, else 'none'. ValueError if this is a restart, and last is damaged.
     """
     run, restarts, most = (os.environ.get(f'TORCHELASTIC_{name}', default) for name, default in
                            (('RUN_ID', 'none'), ('RESTART_COUNT', 0), ('MAX_RESTARTS', 0)))
@@ -113,13 +113,13 @@ def restarted(last):
             raise
         return False                            # a first start, where something else has been
     if same:
-        say(f'{last} is of this run, {run}: it goes on from there')
+        say(f'{last} is of this run, {run}: continuing from it')
     return same
 
 def leave():
     """
-    Leaves the processes, once no variable holds a DistributedDataParallel model. That keeps the process group alive, in
-    cycles too, and threads of gloo that outlive Python's own end abort now and then (torch 2.13).
+    Leaves the process group. First delete every variable that holds a DistributedDataParallel model: it keeps the group alive, in a
+    reference cycle too, and threads of gloo that outlive Python's own end abort now and then (torch 2.13).
     """
     gc.collect()
     if world > 1:
@@ -133,7 +133,7 @@ def all_reduce(*numbers):
     dist.all_reduce(numbers)
     return numbers.tolist()
 
-signals = []                                # that asked this process to stop; torchrun passes on what it gets itself
+signals = []                                # that asked this process to stop; torchrun forwards those that it gets
 
 def catch_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,7 +153,7 @@ def open_data(knobs):
         train, val = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
                       for split in ('train', 'val'))
         train.vocab_size = val.vocab_size = int(meta['vocab_size'])
-        # one process on a machine reads all of it, some seconds a gigabyte: what training reads is what was prepared
+        # one process per machine reads all of it, at some seconds per gigabyte, to make sure that it is what was prepared
         sums = meta.get('crc32', {})
         damaged = [f'{split}.bin' for split in ('train', 'val') if local_rank == 0 and split in sums
                    and crc32(os.path.join(folder, f'{split}.bin')) != sums[split]]
@@ -168,7 +168,7 @@ def open_data(knobs):
     return meta, train, val
 
 def windows(data, starts, T, device):
-    """Inputs and targets, both (rows, T), from these places of the data."""
+    """Inputs and targets, both (rows, T), from these positions in the data."""
     x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
     if (largest := int(x.max())) >= data.vocab_size:
         sys.exit(f'{data.filename} has a token {largest}, and its meta.json says that there are {data.vocab_size}: prepare it again')
@@ -177,7 +177,7 @@ def windows(data, starts, T, device):
     return x[:, :-1].to(device), x[:, 1:].to(device)
 
 def training_batch(data, knobs, step, micro, device):
-    """This process's rows of a micro-batch. Row i of a step starts at a place that seed, step and i decide."""
+    """This process's rows of a micro-batch. Seed, step and i decide at which position row i of a step starts."""
     first = (micro * world + rank) * knobs.batch_size
     return windows(data, [np.random.default_rng((knobs.seed, step, i)).integers(len(data) - knobs.block_size)
                           for i in range(first, first + knobs.batch_size)], knobs.block_size, device)
@@ -187,8 +187,8 @@ def training_batch(data, knobs, step, micro, device):
 
 def adamw(model, weight_decay, learning_rate, betas, zero=False):
     """
-    AdamW that decays matrices and leaves biases and norms alone. With zero, each process has the moments of a share of the
-    weights alone, and sends the others what has become of that share (ZeRO stage 1, arXiv 1910.02054).
+    AdamW with weight decay for matrices only, not for biases and norms. With zero, each process keeps the moments of only a share of
+    the weights, and sends the updated share to the others (ZeRO stage 1, arXiv 1910.02054).
     """
     weights = [w for w in model.parameters() if w.requires_grad]
     groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
@@ -203,18 +203,18 @@ def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 def compile_parts(model):
-    """torch.compile of every f of a GPT, of a chunk of the loss, and of the recurrence, into one kernel each way."""
+    """torch.compile for every f of a GPT, for a chunk of the loss, and for the recurrence, which becomes one kernel per direction."""
     # The backward pass has threads of its own. In torch 2.11 the configured limit holds in all of them; in 2.13 only in the
     # thread that sets it, while the argument, which 2.11 lacks, holds in all.
     torch.compiler.config.recompile_limit = 1000
     limit = {'recompile_limit': 1000} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
-    # f must round alike in both passes. With dynamic=None a kernel for all shapes, compiled on the way, could take over between
-    # them; beyond the limit, and where a graph breaks, Python would: fullgraph raises an error instead.
+    # f must round the same way in both passes. With dynamic=None a kernel for all shapes could be compiled between them, and take over.
+    # Beyond the limit, and at a graph break, eager code would take over: fullgraph raises an error instead.
     for block in model.transformer.h:
         for name in ('attention', 'feedforward') if model.config.scheme == 'symplectic' else ('forward',):
             setattr(block, name, torch.compile(getattr(block, name), dynamic=False, fullgraph=True, **limit))
     model.chunk_loss = torch.compile(chunk_loss, dynamic=False, fullgraph=True, **limit)
-    # the recurrence has the same bits in every kernel, so one for all a will do, for each number of remembered bits
+    # the recurrence has the same bits in every kernel, so all a that have the same number of remembered bits share one
     model.recurrence = [torch.compile(f, **limit) for f in (advance, rebuild)]
 
 def cosine(knobs, step):
@@ -225,14 +225,14 @@ def cosine(knobs, step):
     return knobs.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (knobs.learning_rate - knobs.min_lr)
 
 def seed_step(knobs, step):
-    """Seeds the random numbers of a step, those of dropout: another seed for each step and process."""
+    """Seeds the random numbers of a step, for dropout and BDIA: another seed for each step and process."""
     torch.manual_seed(int(np.random.default_rng((knobs.seed, step, rank, 1)).integers(2**63)))
 
 def agree(step, loss, norm, model, here):
     """
     (the loss, averaged over all processes; the norm of the gradient; whether a process was asked to stop), the same in every
-    process. Ends the program if the first two are not finite, or if the backward pass has rebuilt other states than the
-    forward pass had. When it returns, the weights have given a finite loss, and this step has not changed them.
+    process. Ends the program if the loss is not finite, if the norm is not (in float16: 50 times in a row), or if the backward pass
+    has rebuilt other states than the forward pass had. When it returns, the loss is finite and the weights are still unchanged.
     """
     zero = torch.zeros_like(loss)
     numbers = torch.stack([loss, norm, zero + model.mismatches, zero + len(signals)]) / world
@@ -241,13 +241,13 @@ def agree(step, loss, norm, model, here):
     loss, norm, mismatches, stop = numbers.tolist()
     model.mismatches = 0
     if mismatches:
-        fail(f'step {step + 1}: the backward pass has rebuilt states that are not those of the forward pass, so a block gave two '
-             'results for one input; stopped before that reaches the weights. Try --compile=False, then another machine: its '
-             'memory may be faulty. --verify=False goes on regardless')
+        fail(f'step {step + 1}: the backward pass has rebuilt states that are not those of the forward pass, because a block gave two '
+             'results for one input; stopped before that reaches the weights. Try --compile=False, then another machine: the memory '
+             'of this one may be faulty. --verify=False trains on regardless')
     if not math.isfinite(loss) or not (math.isfinite(norm) or here.scaler.is_enabled()):        # a scaler mends its own
         fail(f'step {step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before they reach the weights, '
-             'and last.pt, if there is one, is as it was')
-    here.skipped = 0 if math.isfinite(norm) else here.skipped + 1                               # steps, one after the other
+             'and last.pt, if there is one, is unchanged: try a lower --learning_rate')
+    here.skipped = 0 if math.isfinite(norm) else here.skipped + 1                               # consecutive steps
     if here.skipped == 50:                  # the scale has been halved so often that it cannot be the reason
         fail(f'step {step + 1}: the gradients of the last 50 steps were inf or NaN in float16: try a lower learning rate, or '
              '--dtype=float32')
@@ -269,7 +269,7 @@ def save_checkpoint(paths, checkpoint):
     """
     part = f'{paths[0]}.part'
     try:
-        for path in paths:                  # what a run left that was killed in here may be the same file as a checkpoint
+        for path in paths:                  # a run that was killed below may have left this name on the file of a checkpoint
             pathlib.Path(f'{path}.part').unlink(missing_ok=True)
         with open(part, 'wb') as file:
             torch.save(dict(checkpoint, run=os.environ.get('TORCHELASTIC_RUN_ID')), file)
@@ -282,20 +282,20 @@ def save_checkpoint(paths, checkpoint):
                 shutil.copyfile(part, f'{path}.part')
             os.replace(f'{path}.part', path)
         os.replace(part, paths[0])
-    except (OSError, RuntimeError) as error:            # torch.save() of a full disk raises either
+    except (OSError, RuntimeError) as error:            # on a full disk torch.save() raises either
         for path in paths:
             pathlib.Path(f'{path}.part').unlink(missing_ok=True)
-        fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is as it was')
+        fail(f'{paths[0]} cannot be written ({str(error).splitlines()[0]}): make room; an older checkpoint there is unchanged')
 
 OURS = {'model', 'config', 'meta'}         # dicts that each checkpoint has
 
 def load_checkpoint(path, *kinds):
-    """The dict of save_checkpoint, or one with all dicts of one of these kinds. ValueError if the file is missing or damaged."""
+    """The dict of save_checkpoint(). It must hold all dicts that one of the kinds names (default: OURS). ValueError if missing or damaged."""
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}')
-    try:                                    # what damage raises depends on the byte; torch.load reads no checksums
-        with zipfile.ZipFile(path) as file: # one process on a machine looks at all of it; mapped, it is in memory once
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):     # it might unpack to anything
+    try:                                    # damage may raise anything; torch.load verifies no checksums
+        with zipfile.ZipFile(path) as file: # one process per machine verifies all of it; mmap keeps one copy in memory
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):     # it might unpack to any size
                 raise ValueError
             broken = local_rank == 0 and file.testzip()
         checkpoint = None if broken else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -328,7 +328,7 @@ def validation_loss(model, data, knobs, here, criterion=lambda x: (), bar=False)
     return total / count
 
 def peak_memory(kind):
-    """Gigabytes: allocated on the GPU, or resident in this process."""
+    """Peak memory in GB: allocated on a CUDA GPU, or resident in this process. An Apple GPU reports only its present memory."""
     if kind == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
     if kind == 'mps':
@@ -340,8 +340,8 @@ def peak_memory(kind):
 
 def open_log(folder, columns, step):
     """
-    record(**values), which adds a row to log.csv in this folder, made here. Rows of steps after this one go. As long as
-    record() lives, no other run gets the folder.
+    Makes the folder and its log.csv, and returns record(**values), which adds a row. Rows of steps after this one are dropped. As long
+    as record() lives, no other run can use the folder.
     """
     def record(**values):
         if main:
@@ -349,14 +349,14 @@ def open_log(folder, columns, step):
                 with open(path, 'a', newline='') as file:
                     csv.DictWriter(file, columns).writerow(values)
             except OSError as error:
-                fail(f'{path} cannot be written to ({error.strerror}): make room, and go on with --init_from=resume')
+                fail(f'{path} cannot be written to ({error.strerror}): make room, and continue with --init_from=resume')
 
     path = os.path.join(folder, 'log.csv')
     if main:
         rows = []
         if step and os.path.exists(path):   # a run that was killed has logged steps that its checkpoint does not know
             with open(path, newline='', errors='replace') as file:
-                text = file.read().replace('\0', '').splitlines()       # of a power cut
+                text = file.read().replace('\0', '').splitlines()       # a power cut may leave zero bytes
             rows = [row for row in csv.DictReader(text, quoting=csv.QUOTE_NONE) if (row.get('step') or '').isdecimal() and int(row['step']) <= step]
         try:
             os.makedirs(folder, exist_ok=True)
@@ -396,7 +396,7 @@ class Count(TorchDispatchMode):
         result, op = func(*args, **(kwargs or {})), func.overloadpacket
         if op in flop_registry:
             self.work += flop_registry[op](*args, **(kwargs or {}), out_val=result)
-        elif op in ATTENTION:                   # whose arguments begin with q, k, v; those of its backward with their gradient
+        elif op in ATTENTION:                   # its arguments begin with q, k, v; those of its backward with the output's gradient
             shapes = [x.shape for x in args[:3 + (op is ATTENTION[1])]]
             self.work += (sdpa_flop_count if op is ATTENTION[0] else sdpa_backward_flop_count)(*shapes)
         for x in tree_leaves(result):
@@ -413,7 +413,7 @@ class Count(TorchDispatchMode):
         self.alive.pop(key).died = self.clock
 
     def mark(self, kind, tensors=()):
-        """What these tensors are. The time of the mark is kept too."""
+        """Says of which kind these tensors are, and records the time."""
         self.marks.append((kind, self.clock))
         for x in tensors:
             self.alive[x.untyped_storage()._cdata].kind = kind
@@ -440,7 +440,7 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
         model = build()
         count.mark('weights', model.parameters())
         for weight in model.parameters():
-            if weight.requires_grad:            # one mark each: a backward pass is as many phases as gradients arrive
+            if weight.requires_grad:            # one mark per gradient, so a backward pass has as many phases as gradients
                 weight.register_post_accumulate_grad_hook(lambda weight: count.mark('gradients', [weight.grad]))
         optimizer = adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
         idx = torch.zeros(B, T, dtype=torch.long)
@@ -459,7 +459,7 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
     return count
 
 def most_stored_layers(config, knobs, here):
-    """The most layers whose graphs can be stored if a process may use memory_gb, by the count of its micro-batches."""
+    """The largest number of layers that can be stored if a process may use memory_gb, by counting the memory of its micro-batches."""
     gigabytes = knobs.memory_gb
     if gigabytes is None:
         if here.kind != 'cuda':
@@ -478,7 +478,7 @@ def most_stored_layers(config, knobs, here):
         def build():
             drawn = dict(a=0.5, h=1.5) if config.a == 'bdia' else {}       # fake tensors have no numbers to draw
             model = GPT(replace(config, stored_layers=stored_layers, **drawn))
-            if here.kind != 'cpu':              # a GPU's attention has no mask of dropout in memory, a CPU's has (T, T)
+            if here.kind != 'cpu':              # attention's dropout mask (T, T) is in memory on a CPU, but not on a GPU
                 for block in model.transformer.h:
                     block.attn.dropout = 0.0
             return model
@@ -488,7 +488,7 @@ def most_stored_layers(config, knobs, here):
         return int(peak + copies) / 1e9
 
     def most(needs, fits, fails):
-        """The largest n from fits on, and below fails, for which needs(n) gigabytes are there."""
+        """By bisection: the largest n for which needs(n) is within gigabytes, if it is for n = fits, and is not for n = fails."""
         while fails - fits > 1:
             middle = (fits + fails) // 2
             fits, fails = (middle, fails) if needs(middle) <= gigabytes else (fits, middle)
@@ -508,7 +508,7 @@ def most_stored_layers(config, knobs, here):
 
 @contextmanager
 def recorded_states(step):
-    """(forward, rebuilt) for model.py's ReversibleStep: p_prev of each step as it goes up, and as it is rebuilt on the way down."""
+    """Yields two lists of the p_prev of every step of a ReversibleStep class: as forward had them, and as backward rebuilt them."""
     forward, backward, up, down = step.forward, step.backward, [], []
 
     def recording_forward(ctx, handle, tape, *args):

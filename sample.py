@@ -29,8 +29,8 @@ class Knobs:
 
 class Cache:
     """
-    For sampling: the keys and values of all tokens so far, of every evaluation of attention in the order of depth. In any
-    scheme, a token's states depend on other tokens only through these.
+    The KV cache for sampling: keys and values of all tokens so far, one entry per evaluation of attention, in the order of depth.
+    In any scheme, a token's states depend on other tokens only through these.
     """
 
     def __init__(self, length):
@@ -39,7 +39,7 @@ class Cache:
     def extend(self, *new):
         """Keys and values (B, nkv, T, hs) of the next T tokens -> those of all tokens so far."""
         if self.tokens and new[0].size(2) > 1:
-            raise ValueError('with a past in the cache, give one token at a time')
+            raise ValueError('the cache already holds tokens: give one new token at a time')
         if self.depth == len(self.layers):
             self.layers.append([x.new_empty(*x.shape[:2], self.length, x.size(3)) for x in new])
         layer, end = self.layers[self.depth], self.tokens + new[0].size(2)
@@ -55,10 +55,10 @@ class Cache:
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, cached=True):
     """
-    Yields the max_new_tokens tokens (B, 1) that go on from idx (B, T), one after the other. Temperature 0 takes the
+    Yields max_new_tokens tokens (B, 1) that continue idx (B, T), one after the other. Temperature 0 takes the
     likeliest token, top_k draws from the k likeliest; tokens from vocab_size on, which only pad the vocabulary, are
-    never drawn. Keys and values are cached up to block_size tokens. Beyond, or with cached=False, the last block_size
-    tokens are computed anew for each, since the window moves, and with it everything in it.
+    never drawn. Keys and values are cached up to block_size tokens. Beyond that, or with cached=False, every new token is
+    computed from the last block_size tokens without a cache: when the window moves, all positions in it change.
     """
     block_size, new = model.config.block_size, idx
     cache = Cache(min(block_size, idx.size(1) + max_new_tokens))
@@ -75,7 +75,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=N
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            logits = logits.float() - logits.max(-1, keepdim=True).values       # none overflows, however cold
+            logits = logits.float() - logits.max(-1, keepdim=True).values       # so that none overflows at a low temperature
             new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
         idx = torch.cat((idx, new), dim=1)
         yield new
@@ -94,7 +94,7 @@ if __name__ == '__main__':
         encode, decode = tokenizer(meta)
         ends = ends_of_text(meta)
         if meta['encoding'] == 'chars' and (unknown := set(knobs.prompt) - set(meta['chars'])):
-            sys.exit(f"the model knows no {', '.join(map(repr, sorted(unknown)))}: its characters are {meta['chars']!r}")
+            sys.exit(f"the model has no token for {', '.join(map(repr, sorted(unknown)))}: its characters are {meta['chars']!r}")
         prompt = encode(conversation(meta, knobs.prompt) if knobs.chat else knobs.prompt)
     except ValueError as error:
         sys.exit(f'{error}; name another with --init_from=...')
@@ -106,7 +106,7 @@ if __name__ == '__main__':
         sys.exit(f'seed = {knobs.seed} must be 0 or more, and below 2^63')
 
     model.to(kind).eval()
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention plans for every new length, and texts have many
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every new length, and texts have many lengths
     if kind == 'cpu':
         turn_weights(model)
     sys.stdout.reconfigure(errors='replace')    # a terminal may lack some characters
@@ -124,7 +124,7 @@ if __name__ == '__main__':
                     break
                 tokens.append(token.item())
                 text = decode(tokens)
-                # a character of several tokens may have begun, and a broken one may change those before it
+                # a character may take several tokens: until it is complete, the text may end in \ufffd or change further back
                 if text.startswith(shown) and not text.endswith('\ufffd'):
                     print(text[len(shown):], end='', flush=True)
                     shown = text

@@ -5,7 +5,7 @@ What must be true of the hand-written backward, in about a minute on two CPU cor
    notices by itself if one bit of one layer was not
 2. right: they are also the gradients of the recurrence, by an independent autograd version and by finite differences
 3. these checks can fail: each fault planted in a copy of model.py must be noticed
-4. small: between forward and backward nothing lives that grows with depth, except k bits an element where a = n / 2^k
+4. small: between forward and backward nothing lives that grows with depth, except k bits per element where a = n / 2^k
 
 tests/test_model.py has the rest of what one expects of a GPT.
 """
@@ -335,13 +335,13 @@ def test_planted_fault_is_noticed(fault, tmp_path):
 # 4. what lives between forward and backward
 
 class Saved:
-    """What autograd holds in place of a saved tensor, so that one can count those which are still held."""
+    """Stands in for a saved tensor in autograd's graph, so that one can count those that are still held."""
 
     def __init__(self, tensor):
-        self.tensor = tensor.detach()     # not to hold the graph that holds this
+        self.tensor = tensor.detach()     # otherwise it would hold the graph that holds this
 
 def alive(scheme, n_layer):
-    """Bytes of int64 states, packed bits, RNG states and all else but weights, that live when forward has ended."""
+    """Bytes that are alive after forward: int64 states, packed bits, RNG states, and everything else but weights."""
     model = build(n_layer=n_layer, dropout=0.1, **scheme)
     idx, targets = batch()
     gc.collect()
@@ -366,7 +366,7 @@ def test_only_the_last_pair_and_the_bits_live_until_backward(scheme, k):
     few, many, elements = alive(scheme, 2), alive(scheme, 12), B * T * 32
     assert few['states'] == many['states'] == 2 * 8 * elements
     assert (few['bits'], many['bits']) == (2 * elements * k // 8, 12 * elements * k // 8)
-    assert many['rng'] == 6 * few['rng']            # one a step
+    assert many['rng'] == 6 * few['rng']            # one per step
     assert few['others'] == many['others']          # what embedding, final norm and loss keep
 
 def test_the_count_sees_what_ordinary_autograd_and_checkpointing_keep():
@@ -386,7 +386,7 @@ for kwargs in (configs[0], *configs):                       # the first pays for
     gpt = model.GPT(model.GPTConfig(block_size=256, vocab_size=256, n_head=4, n_embd=128, **kwargs))
     idx = torch.randint(256, (12, 256))
     with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')                                     # the peak begins anew
+        file.write('5')                                     # resets the peak
     before = status('VmRSS')
     gpt(idx, idx)[1].backward()
     print(status('VmHWM') - before)

@@ -6,15 +6,15 @@ Trains a GPT, standard or reversible, on one process or many.
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py            # eight GPUs of one machine
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_MACHINE:29500 \\
         --rdzv_id=NAME --max_restarts=3 train.py config/gpt2_rev.py --batch_size=30 --gradient_accumulation_steps=16        # both share out_dir
-    python train.py config/python_rev.py --init_from=resume             # goes on where it stopped, bit for bit
-    python train.py --init_from=gpt2 --dataset=shakespeare ...          # a pretrained or retrofitted model goes on
+    python train.py config/python_rev.py --init_from=resume             # continues where it stopped, bit for bit
+    python train.py --init_from=gpt2 --dataset=shakespeare ...          # trains a pretrained or retrofitted model further
 
 It writes log.csv, last.pt (at every evaluation after step 0, at the end, and on Ctrl-C or SIGTERM) and best.pt to out_dir.
-When torchrun starts the processes again, or is itself started again with the same --rdzv_id, the run goes on from its last.pt.
-A run that goes on is the same bit for bit where kernels are deterministic: on a CPU. On a GPU the backward pass of attention
-adds up in another order each time, so that not even two runs from the same start are the same.
-What it trains on is a function of seed and step alone: neither the number of processes, nor how a step is cut into
-micro-batches, nor how often it evaluates changes the data.
+When torchrun restarts the processes, or is itself started again with the same --rdzv_id, the run continues from its last.pt.
+A resumed run equals an uninterrupted one bit for bit if kernels are deterministic, as they are on a CPU. On a GPU the backward pass
+of attention adds in another order each time, so that not even two runs from the same start are equal.
+The data of a step depend on seed and step alone: not on the number of processes, nor on how a step is cut into micro-batches,
+nor on how often the model is evaluated.
 """
 import math
 import os
@@ -36,14 +36,14 @@ from runtime import (adamw, agree, all_reduce, catch_signals, compile_parts, cos
 class Knobs(GPTConfig):                     # all fields of GPTConfig in model.py are knobs too
     vocab_size: int | None = None           # None: what the data needs, rounded up to a multiple of 64
     stored_layers: int | str | None = None  # 'auto': as many as fit into memory_gb; otherwise as in GPTConfig
-    memory_gb: float | None = None          # that 'auto' may use; None: nine tenths of the GPU's memory
+    memory_gb: float | None = None          # GB that stored_layers = 'auto' may use; None: nine tenths of the GPU's memory
     bias: bool = False                      # nanoGPT's choice: a bit faster, and no worse
-    scheme: str | None = None               # None: leapfrog from scratch, midpoint_a with bits or a, else the model's (BDIA's: standard)
+    scheme: str | None = None               # None: leapfrog from scratch, midpoint_a with bits or a, else init_from's (standard after BDIA)
     bits: int | float | None = None         # makes a trained standard model reversible: midpoint_a with a = -1 / 2^bits
     out_dir: str = 'out'
-    init_from: str = 'scratch'              # 'resume': from last.pt in out_dir; or a checkpoint to start from, or
-                                            # anything GPT.from_pretrained takes, which is then trained. A
-                                            # standard one becomes reversible by bits, or by scheme with a or h
+    init_from: str = 'scratch'              # 'resume': continue from last.pt in out_dir. Otherwise a checkpoint, or anything
+                                            # GPT.from_pretrained takes, to train further. A standard model becomes
+                                            # reversible with bits, or with scheme and a or h
     seed: int = 1337
     # data
     dataset: str = 'python'                 # a folder of data/
@@ -56,7 +56,7 @@ class Knobs(GPTConfig):                     # all fields of GPTConfig in model.p
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
-    zero: bool = False                      # each of N processes keeps 8 / N instead of 8 bytes of moments per weight
+    zero: bool = False                      # ZeRO stage 1: each of N processes keeps 8 / N instead of 8 bytes of moments per weight
     decay_lr: bool = True
     warmup_iters: int = 2000
     lr_decay_iters: int | None = None       # None: max_iters
@@ -92,7 +92,7 @@ last, best = (os.path.join(knobs.out_dir, name) for name in ('last.pt', 'best.pt
 torch.manual_seed(knobs.seed)
 
 def fitting(config):
-    """The config, if this machine can hold such a model: otherwise the end, in a sentence. A GPU says so itself."""
+    """The config, if this machine can hold such a model. On a CPU that lacks the memory it ends the program; on a GPU CUDA says so."""
     with torch.device('meta'):              # no memory yet
         n = count_parameters(GPT(config))
     there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
@@ -108,7 +108,7 @@ try:
         knobs.scheme = knobs.scheme or 'leapfrog'
     if knobs.bits is not None and (knobs.init_from == 'scratch' or knobs.bits not in range(9) or knobs.a is not None or knobs.scheme):
         fail(f'bits = {knobs.bits}: with --init_from of a trained standard model give a whole number from 0 to 8 instead of scheme and '
-             'a; retrofit.py --max_iters=0 spreads other budgets over the layers, and train.py goes on from what it writes')
+             'a; for other budgets run retrofit.py --max_iters=0, and give train.py its checkpoint as --init_from')
     if knobs.init_from == 'scratch':
         vocab_size = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
         raw_model = GPT(fitting(GPTConfig(**{**{name: getattr(knobs, name) for name in FIELDS}, **PASSING, 'vocab_size': vocab_size})))
@@ -141,7 +141,7 @@ except ValueError as error:
     fail(str(error))
 config = raw_model.config
 if config.vocab_size < meta['vocab_size']:
-    fail(f"vocab_size = {config.vocab_size} is too small: data/{knobs.dataset} has {meta['vocab_size']}")
+    fail(f"vocab_size = {config.vocab_size} is too small: data/{knobs.dataset} has {meta['vocab_size']} different tokens")
 if config.block_size < knobs.block_size:
     fail(f'block_size = {knobs.block_size}: {knobs.init_from} sees {config.block_size} tokens at most')
 if auto:
@@ -160,17 +160,17 @@ if checkpoint:
     step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
     checkpoint = None                       # free its memory
 if all_reduce(step)[0] != step * world:
-    fail(f'{last} is of different steps on different machines: copy that of the first machine to the others')
+    fail(f'the machines have {last} of different steps: copy that of the first machine to the others')
 if knobs.compile:
     compile_parts(raw_model)
 model = raw_model
 if world > 1:
     model = DistributedDataParallel(raw_model, device_ids=[local_rank] if here.kind == 'cuda' else None,
-                                    gradient_as_bucket_view=True)           # or there is a second copy of all gradients
+                                    gradient_as_bucket_view=True)           # avoids a second copy of all gradients
 
 def save(*paths):
     if zero:
-        optimizer.consolidate_state_dict()  # the first process collects all moments: a checkpoint is of any number of processes
+        optimizer.consolidate_state_dict()  # sends all moments to the first process, so that any number of processes can resume
     if main:
         save_checkpoint(paths, dict(
             model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=here.scaler.state_dict(), step=step,
@@ -183,8 +183,8 @@ PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A1
               'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'Tesla V100-SXM2-16GB': 125e12, 'Tesla T4': 65e12}
 peak_flops = (PEAK_FLOPS.get(torch.cuda.get_device_name())
               if here.kind == 'cuda' and here.dtype != 'float32' else None)
-# 6 operations per weight and token, and 12 per pair of tokens and channel of attention; what is computed a second
-# time in the backward pass is not counted, so that schemes compare
+# 6 operations per weight and token, and 12 per pair of tokens and channel of attention; recomputation in the backward
+# pass is not counted, so that the MFU of different schemes can be compared
 lookups = [raw_model.get_parameter(f'transformer.{name}.weight').numel()         # tables that multiply nothing
            for name, there in (('wpe', config.rope_theta is None), ('wte', not config.tied)) if there]
 flops_per_token = (6 * (count_parameters(raw_model) - sum(lookups))
@@ -205,7 +205,7 @@ def evaluate_and_save():
     global best_val_loss
     val_loss = validation_loss(raw_model, val_data, knobs, here)
     if not math.isfinite(val_loss):
-        fail(f'step {step}: the validation loss is {val_loss}; stopped, and no checkpoint is written')
+        fail(f'step {step}: the validation loss is {val_loss}; stopped without writing a checkpoint: try a lower --learning_rate')
     say(f'step {step}: validation loss {val_loss:.4f}')
     record(step=step, val_loss=val_loss)
     if step == 0:                           # nothing is learnt yet, and an earlier run may have left its last.pt here
@@ -219,7 +219,7 @@ def evaluate_and_save():
 if step == 0:
     evaluate_and_save()
 if step >= knobs.max_iters:
-    say(f'all of its {step} steps are made: give a larger --max_iters to go on')
+    say(f'all {step} steps have been made already: give a larger --max_iters to continue')
 accumulation = knobs.gradient_accumulation_steps // world       # micro-batches of this process
 began, first_step = time.time(), step
 clock, clock_step = began, step
@@ -228,7 +228,7 @@ while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
-    seed_step(knobs, step)                  # dropout depends on seed, step and rank alone: no state of it is saved
+    seed_step(knobs, step)                  # dropout and BDIA depend on seed, step and rank alone: no state of theirs is saved
     loss = 0.0
     for micro in range(accumulation):
         if world > 1:                       # the gradients of all processes meet once, in the last micro-batch
@@ -242,9 +242,9 @@ while step < knobs.max_iters:
     here.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
     loss, norm, stop = agree(step, loss, norm, raw_model, here)                 # the only place that waits for the GPU
-    if stop:                                # this step is not made: the weights are those of the last one
+    if stop:                                # this step is not taken: the weights are those after the previous step
         save(last)
-        say(f'stopped at step {step}: go on with --init_from=resume')
+        say(f'stopped at step {step}: continue with --init_from=resume')
         break
     here.scaler.step(optimizer)
     here.scaler.update()

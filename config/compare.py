@@ -3,7 +3,7 @@ A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. res
 
     python train.py config/compare.py --scheme=leapfrog --h=0.25 --learning_rate=2e-3 --seed=1 --out_dir=out_compare_one
 
-2048 tokens per step = 16 sequences x 128 bytes. All layers are stored, for speed: the gradients are the same bits.
+2048 tokens per step = 16 sequences x 128 bytes. All layers are stored, for speed: the gradients are the same, bit for bit.
 """
 dataset = 'python'
 batch_size = 16

@@ -1,5 +1,5 @@
 """
-SmolLM2-135M, fine-tuned on text of your own as a reversible model, from the first step: no retrofit comes before.
+SmolLM2-135M, fine-tuned on text of your own as a reversible model, from the first step, without a retrofit before.
 
     pip install tokenizers && python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     python train.py config/finetune_smollm2.py --bits=4         # without --bits: the standard model

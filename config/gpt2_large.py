@@ -26,4 +26,4 @@ weight_decay = 0.1
 eval_interval = 1000
 eval_windows = 2400
 compile = True
-stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same bits
+stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same, bit for bit

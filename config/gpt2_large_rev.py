@@ -26,5 +26,5 @@ weight_decay = 0.1
 eval_interval = 1000
 eval_windows = 2400
 compile = True
-slice_tokens = 16384    # a larger width needs fewer tokens than gpt2_rev.py to keep an H100 at work
-stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same bits
+slice_tokens = 16384    # at this width fewer tokens than in gpt2_rev.py keep an H100 at work
+stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same, bit for bit

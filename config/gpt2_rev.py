@@ -28,4 +28,4 @@ eval_interval = 1000
 eval_windows = 2400
 compile = True
 slice_tokens = 32768    # 8192, the default, is probably too little work at this width: an H100 would wait for its host
-stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same bits
+stored_layers = 'auto'  # as many as fit into the GPU's memory: the gradients are the same, bit for bit

@@ -1,5 +1,5 @@
 """
-SmolLM2-135M made reversible, with two bits per element, where they matter most: the settings of the table in RESULTS.md.
+SmolLM2-135M made reversible, with two bits per element on average, spread where they matter most. The settings of a table in RESULTS.md.
 
     pip install tokenizers
     python data/text/prepare.py TEXT --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct    # TEXT: files or folders of yours
@@ -26,4 +26,4 @@ eval_interval = 49
 eval_windows = 48
 log_interval = 7
 spread_windows = 2
-stored_layers = 30      # all: there is memory to spare here, and the gradients are the same bits
+stored_layers = 30      # all: there is memory to spare here, and the gradients are the same, bit for bit

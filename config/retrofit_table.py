@@ -25,5 +25,5 @@ beta2 = 0.99
 eval_interval = 750
 eval_windows = 512
 log_interval = 50
-stored_layers = 8       # all: there is memory to spare here, and the gradients are the same bits
+stored_layers = 8       # all: there is memory to spare here, and the gradients are the same, bit for bit
 dtype = 'bfloat16'

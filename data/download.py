@@ -2,7 +2,7 @@
 What the scripts share: a file gets its final name when it is whole and verified, not before.
 
     from data.download import download
-    download(url, 'weights.bin')    # an interrupted run leaves weights.bin.part, the next one goes on from it
+    download(url, 'weights.bin')    # an interrupted run leaves weights.bin.part, the next one continues from it
 
 download() streams, so memory does not grow with the file, and gives up with one sentence (SystemExit).
 Every data/NAME/prepare.py writes train.bin.part and val.bin.part, then calls publish_dataset().
@@ -28,7 +28,7 @@ try:
 except ImportError:
     fcntl = None # on Windows
 
-PAUSES = (1, 2, 4, 8) # seconds between tries, of which there is one more
+PAUSES = (1, 2, 4, 8) # seconds between tries; there is one more try than pauses
 CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
 NO_ROOM = errno.ENOSPC, errno.EFBIG, errno.EDQUOT # what a full disk, a limit and a quota say
 
@@ -36,7 +36,7 @@ NO_ROOM = errno.ENOSPC, errno.EFBIG, errno.EDQUOT # what a full disk, a limit an
 # from the network to a file
 
 def download(url, path, size=None, sha256=None, token=None):
-    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified where known; token: the server's, if it wants one"""
+    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified if given; token: for a server that asks for one"""
     path, part = Path(path), Path(f'{path}.part')
     if path.exists():
         if sha256 and digest(path) != sha256:
@@ -69,14 +69,14 @@ def fetch_verified(url, path, part, size, sha256, token):
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
             reason = f'status {status}' if status else type(error).__name__
-            if 400 <= status < 500 and status not in (408, 429): # these two only say: later
+            if 400 <= status < 500 and status not in (408, 429): # these two mean: try later
                 sys.exit(f'cannot download {url} ({reason}): check the address')
             if pause is None:
                 sys.exit(f'cannot download {url} ({reason}): check the connection and run the command again')
             print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
             time.sleep(pause)
         except OSError as error:
-            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again: it goes on from there')
+            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again: it continues from there')
 
     sha256 = sha256 or published
     if sha256 and digest(part) != sha256:
@@ -87,7 +87,7 @@ def fetch_verified(url, path, part, size, sha256, token):
 def fetch(url, part, size, token):
     """one request for what part still lacks; then part is whole; returns the server's sha256, or None"""
     have = part.stat().st_size if part.exists() else 0
-    headers = {'Accept-Encoding': 'identity'} # compressed, lengths and ranges would not be the file's
+    headers = {'Accept-Encoding': 'identity'} # if compressed, lengths and ranges would not be those of the file
     if token:
         headers['Authorization'] = f'Bearer {token}' # requests does not pass it on to another host
     if have:
@@ -125,7 +125,7 @@ def published_size(response):
     return int(total) if total.isdigit() else None
 
 def published_sha256(response):
-    """hugging face names it on the redirect to its storage, for its large files; None elsewhere"""
+    """hugging face gives it in the redirect to its storage, for large files; None elsewhere"""
     for answer in (*response.history, response):
         tag = answer.headers.get('X-Linked-ETag', '').strip('"')
         if re.fullmatch('[0-9a-f]{64}', tag):
@@ -146,7 +146,7 @@ def crc32(path):
     return value
 
 def crc32_of_fields(meta):
-    """of what meta.json says besides the checksums"""
+    """the CRC-32 of everything in meta.json except the checksums"""
     return zlib.crc32(json.dumps({key: value for key, value in meta.items() if key != 'crc32'}, sort_keys=True).encode())
 
 def gpt2_encoding():
@@ -157,7 +157,7 @@ def gpt2_encoding():
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
 
 def in_a_sentence(kind, error, traceback):
-    """a sys.excepthook: an OSError is one sentence; other errors are shown as ever"""
+    """a sys.excepthook: an OSError is one sentence; other errors are shown as usual"""
     if isinstance(error, OSError):
         full = error.errno in (*NO_ROOM, None) # NumPy gives no number
         print(f'{error}: is the disk full? make room and run the command again' if full else error, file=sys.stderr)

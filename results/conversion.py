@@ -1,6 +1,6 @@
 """
 How far a converted model is from its teacher before any tuning: KL(teacher, student) in nats per token, for a of both signs,
-and for more and more layers at a = -1 or a = 1, those first that change the output least.
+and for more and more layers at a = -1 or a = 1, in order of how little each changes the output.
 
     python results/conversion.py --teacher=HuggingFaceTB/SmolLM2-135M-Instruct --dataset=both --json=results/conversion.json
 
@@ -43,7 +43,7 @@ def log_p(state):
     return F.log_softmax(model.lm_head(model.transformer.ln_f(state)), dim=-1)                  # (B, T, V)
 
 def divergence(a, h=None):
-    """Read from the last state, and from the mean of the last two, for a (and h) of every layer."""
+    """KL(teacher, student) of the last state, and of the mean of the last two, for a (and h) of every layer."""
     p_prev = p = x
     for f, a_j, h_j in zip(blocks, a, h or step_sizes(a)):
         p_prev, p = p, a_j * p_prev + (1 - a_j) * p + h_j * f(p)

@@ -1,5 +1,5 @@
 """
-How wrong rebuilt states, and gradients from them, are: layer by layer, with exact and with float states.
+The errors of rebuilt states, and of gradients computed from them, layer by layer, with exact and with float states.
 
     python results/drift.py --json=results/drift_cpu.json               # every scheme, weights x1, x4 and x8, three dtypes
     python results/drift.py --trained=out_python/best.pt --schemes=leapfrog         # and weights that were trained

@@ -1,5 +1,5 @@
 # Every row that is still open on a GPU, most important first, then the figures:  bash results/gpu.sh
-# A row whose file is there is left alone, so that it goes on where it stopped.
+# A row whose file exists is skipped, so a second run continues where the first one stopped.
 set -u
 row() { [ -e "results/$1.json" ] || python ${*:2} --json="results/$1.json"; }     # name, then the command
 

@@ -1,5 +1,5 @@
 """
-How reversible engines behave where a training run may hurt them: ours, and revlib's if that package is there, on the same
+How reversible engines behave in situations that can break a training run: ours, and revlib's if that package is there, on the same
 blocks with the same weights. Each is compared with itself, with all its graphs stored.
 
     pip install revlib && python results/peers.py --json=results/peers.json

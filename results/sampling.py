@@ -24,7 +24,7 @@ from runtime import fail, open_table, provenance, start
 @dataclass
 class Knobs:
     new_tokens: int = 512
-    repeats: int = 7                # turns that count, after one that does not
+    repeats: int = 7                # timed turns, after one turn to warm up
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -37,7 +37,7 @@ class Knobs:
 knobs = configure(Knobs, sys.argv[1:])
 here = start(knobs)
 if knobs.new_tokens >= knobs.block_size or knobs.new_tokens < 1 or knobs.repeats < 1:
-    fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}, and it and repeats 1 or more')
+    fail(f'new_tokens = {knobs.new_tokens} must be below block_size = {knobs.block_size}; new_tokens and repeats must be 1 or more')
 
 def build(scheme):
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 """
-What weights, gradients and moments take in each of N processes, with --zero=True and without, counted at true sizes.
+How much memory weights, gradients and moments take in each of N processes, with --zero=True and without, counted at true sizes.
 
     python results/sharded.py --json=results/sharded.json
 

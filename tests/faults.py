@@ -4,7 +4,7 @@ What may break, broken on purpose, from a fixed seed:  python tests/faults.py  (
     python tests/faults.py kill_train command_lines         # some of the rows
     python tests/faults.py --tries=100                      # instead of 30; command lines are ten times as many
 
-Each row of the table says how often something was tried, how often all was as it should be, and how often not. As it should be:
+Each row of the table says how often something was tried, how often the outcome was as it should be, and how often not. That means:
 a run that is killed and resumed ends in the weights of an uninterrupted one, bit for bit; damage is noticed, or has changed
 nothing that is read; a program that gives up says why in one sentence, and what it had written before is as it was. Linux.
 """
@@ -166,7 +166,7 @@ def kill_download():
             good += Path('fetched/file').read_bytes() == content
             shutil.rmtree('fetched')
         else:
-            good += 1                       # what is lost by a kill shows when the file is whole
+            good += 1                       # anything that a kill has lost shows when the file is complete
     server.shutdown()
     return TRIES, good
 
@@ -235,7 +235,7 @@ def as_scripts_do(use):
 
 def damage(path, use, sound, flipped=None):
     """
-    Flips a bit among the first bytes of the file (None: among all, 0: among none), or cuts it off, at random. use(), in a process
+    Flips a bit in the first `flipped` bytes of the file (None: in all of it, 0: never), or cuts it off, at random. use(), in a process
     of its own, must end in a sentence, or give what it gave before.
     """
     def compare():
@@ -295,7 +295,7 @@ def damaged_data():
     return tuple(map(sum, zip(*results)))
 
 def damaged_safetensors():
-    """Bits are flipped in the header alone: the format has no checksums, so that one among the numbers is not noticed."""
+    """Bits are flipped in the header alone: the format has no checksums, so a flipped bit among the weights would go unnoticed."""
     def use():
         return [weight.tolist() for weight in build('folder')[0].state_dict().values()]
 
@@ -303,7 +303,7 @@ def damaged_safetensors():
     return damage(path, use, use(), flipped=8 + struct.unpack('<Q', path.read_bytes()[:8])[0])
 
 def damaged_tokenizer():
-    """It is cut off alone: with another letter in a word it is another tokenizer, as good as the first."""
+    """The file is only cut off: with a changed letter in a word it is another valid tokenizer."""
     try:
         import tokenizers
     except ImportError:
@@ -362,7 +362,7 @@ def command_lines():
 # strangers, neighbours
 
 def hostile_files():
-    """None is executed, followed or unpacked."""
+    """Malicious files: none is executed, followed or unpacked."""
     class Malice:
         def __reduce__(self):
             return os.mkdir, ('executed',)
@@ -372,7 +372,7 @@ def hostile_files():
     with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as archive:
         with archive.open('archive/data.pkl', 'w', force_zip64=True) as file:
             for _ in range(64):
-                file.write(bytes(1 << 22))          # a quarter of a gigabyte of zeros, in as many kilobytes
+                file.write(bytes(1 << 22))          # 256 MB of zeros in all, which compress to about 256 kB
     Path('code.py').write_text('__import__("os").mkdir("executed")\n')
     shutil.copytree('folder', 'outside', dirs_exist_ok=True)
     os.remove('outside/model.safetensors')
@@ -434,7 +434,7 @@ def out_of_memory_in_one_of_two():
     return TRIES // 10, good
 
 def two_machines():
-    """Two groups of processes that meet at an address, as on two machines: the weights of one group of as many, bit for bit."""
+    """Two groups of processes that meet at an address, as on two machines, end in the same weights as one group of two, bit for bit."""
     flags = [f'--{name}={value}' for name, value in dict(TRAIN, max_iters=12).items()]
     assert run([*command('train.py', 2), *flags, '--out_dir=one_machine']).returncode == 0
     with socket.socket() as free:
@@ -496,7 +496,7 @@ ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, ki
         two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on]
 
 def workshop():
-    """In the current folder: data, a model of each kind of file."""
+    """Fills the current folder with data and a model in each kind of file."""
     shutil.copytree(ROOT / 'data', 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.json', 'tasks', 'shards'))
     Path('data/tiny').mkdir()
     for split, n in (('train', 3000), ('val', 400)):

@@ -358,7 +358,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path):
     path, _ = written(tmp_path, GPT2_LIKE)
     before = (tmp_path / 'best.pt').read_bytes()
     for target in (path, str(tmp_path)):
-        with pytest.raises(ValueError, match='is there already: name another, or delete it'):
+        with pytest.raises(ValueError, match='exists already: choose another name, or delete it'):
             export(path, target)
     assert (tmp_path / 'best.pt').read_bytes() == before and os.listdir(tmp_path) == ['best.pt']
     export(path, str(tmp_path / 'new' / 'ckpt.pt'))

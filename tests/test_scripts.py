@@ -454,7 +454,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError('no space left on device')
 
     monkeypatch.setattr(torch, 'save', torn)
-    with pytest.raises(SystemExit, match='no space left on device.: make room; an older checkpoint there is as it was'):
+    with pytest.raises(SystemExit, match='no space left on device.: make room; an older checkpoint there is unchanged'):
         save_checkpoint([path], dict(one, step=2))
     assert load_checkpoint(path) == dict(one, run=None) and os.listdir(tmp_path) == ['last.pt']
 

@@ -1,5 +1,5 @@
 """
-FineWeb, web pages filtered for quality, which others have already turned into the tokens of GPT-2.
+FineWeb: web pages filtered for quality, which others have already encoded with GPT-2's tokenizer.
 
     python data/fineweb/prepare.py                  # 10 shards of 100M tokens, 200 MB each
     python data/fineweb/prepare.py --shards=103     # all of them: 10B tokens

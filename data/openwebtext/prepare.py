@@ -34,11 +34,11 @@ URL = f'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION
 SUBSETS = 21
 
 def held_out(document):
-    """0.0005 of the documents, chosen by their bytes alone: exact copies of a page fall on the same side"""
+    """one document in 2000, chosen by a hash of its bytes: exact copies of a page fall on the same side"""
     return int(hashlib.sha256(document).hexdigest(), 16) % 2000 == 0
 
 def documents(archive):
-    """the .txt files of an .xz, itself a tar; none goes to disk, where the name of a member could do harm"""
+    """the .txt files of a .tar.xz; none is written to disk, where the name of a member could do harm"""
     with tarfile.open(fileobj=io.BytesIO(archive), mode='r:xz') as tar:
         for member in tar:
             if member.isfile() and member.name.endswith('.txt'):

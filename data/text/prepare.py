@@ -8,8 +8,8 @@ Text of your own, in the tokens of the model that is to read it.
 
     python data/text/prepare.py my.txt --name=mine                                      # into data/mine: --dataset=mine
 
-A folder stands for all its .txt files. It writes train.bin, val.bin (the last tenth of the characters, in the order
-given) and meta.json beside itself, or into the folder of data/ that --name says. A Llama's tokenizer needs one more package: pip install tokenizers.
+A folder stands for all its .txt files. The script writes train.bin, val.bin (the last tenth of the characters, in the order
+given) and meta.json beside itself, or into the folder of data/ that --name names. A Llama's tokenizer needs one more package: pip install tokenizers.
 """
 import argparse
 import re
@@ -31,13 +31,13 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE):
     for path in map(Path, inputs):
         paths += sorted(path.rglob('*.txt')) if path.is_dir() else [path]
     if not paths:
-        sys.exit(f"{' '.join(inputs)}: there is no .txt file")
+        sys.exit(f"there is no .txt file in {' '.join(inputs)}: name text files, or folders that hold .txt files")
     try:
         text = '\n\n'.join(path.read_text(encoding='utf-8') for path in paths)
         meta = tokens_of(tokenizer_name)
         encode, _ = tokenizer(meta)
         if meta['encoding'] == 'chars' and (unknown := set(text) - set(meta['chars'])):
-            raise ValueError(f"{tokenizer_name} knows no {', '.join(map(repr, sorted(unknown)))}: its characters are "
+            raise ValueError(f"{tokenizer_name} has no token for {', '.join(map(repr, sorted(unknown)))}: its characters are "
                              f"{meta['chars']!r}")
     except (OSError, ValueError) as error:
         sys.exit(f'{error}')
