@@ -6,6 +6,7 @@ and a file that keeps what was found before an interruption. Nothing here depend
 """
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -216,6 +217,23 @@ def test_what_hurts_other_engines_does_not_hurt_ours(monkeypatch):
     assert rows[0]['error'] == rows[0]['error x8 bf16'] == rows[0]['error x8 dropout'] == 0
     assert rows[0]['frozen embedding'] == rows[0]['autograd.grad'] == 'gradients' and rows[0]['overflow'] == 'loss nan'
     assert rows[0]['changed weights'].startswith('stops: one of the variables needed')
+
+def test_the_comparison_finds_the_lowest_loss_and_believes_no_noise(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, 'results'))
+    compare, tried = importlib.import_module('compare'), set()
+
+    def loss(scheme, h, rate, *_):
+        tried.add((h, rate))
+        return (math.log2(rate / 4e-3) - math.log2(h / 0.5) / 2) ** 2 + math.log2(h / 0.0625) ** 2
+    h, rate = compare.best(loss, 'leapfrog')
+    assert all(loss('leapfrog', h, rate) <= loss('leapfrog', *near) for near in ((h / 2, rate), (2 * h, rate), (h, rate / 2), (h, 2 * rate)))
+    assert len({x for y, x in tried if y == h}) >= 4 and len({y for y, x in tried if x == rate}) >= 3
+    for t, degrees in ((4.303, 2), (2.776, 4), (2.228, 10)):                # of the tables of Student's t, at 5%
+        assert compare.two_sided(t, degrees) == pytest.approx(0.05, abs=1e-4)
+    rows = dict(standard=[1.0, 1.1, 1.2], leapfrog=[0.9, 1.01, 1.1], midpoint=[1.01, 1.1, 1.19])
+    found = {(one, other): (mean, paired, p, corrected) for one, other, mean, paired, p, corrected in compare.pairs(rows)}
+    assert found['standard', 'leapfrog'][0] == pytest.approx(0.29 / 3) and max(found['standard', 'leapfrog'][1:]) < 0.01
+    assert min(found['standard', 'midpoint'][1:]) > 0.3
 
 def test_sampling_writes_the_same_tokens_as_transformers(place):
     output = run(place, 'results/sampling.py', new_tokens=20, repeats=1, n_layer=2, n_head=2, n_embd=32, vocab_size=65,
