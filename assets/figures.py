@@ -25,7 +25,7 @@ plt.rcParams.update({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'fig
                      'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
 # the palette of Okabe and Ito, which colour-blind people can tell apart
 COLORS = dict(standard='#000000', checkpointed='#999999', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
-              midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9')
+              midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9', bdia='#56B4E9')
 NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream', 'leapfrog': 'reversible'}
 
 def color(case):
@@ -113,26 +113,31 @@ def stability(rows, axes):
         axis.legend(fontsize=7)
 
 def loss(paths, axes):
-    curves = defaultdict(list)
+    """The comparison: each scheme at its best learning rate and h, seeds 2 to 4; and leapfrog's h by depth."""
+    runs, depths = defaultdict(list), defaultdict(list)
     for path in paths:
+        scheme, h, layers, seed = re.match(r'(\w+?)(?:_h([\d.]+))?_lr[\d.]+_(\d+)layers_\d+steps_seed(\d)', os.path.basename(path)).groups()
         with open(path, newline='') as file:
-            found = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']]
-        curves[os.path.basename(path).removesuffix('.csv').rsplit('_', 1)[0]].append(found[1:])
-    order = sorted(curves, key=lambda name: statistics.mean(run[-1][1] for run in curves[name]))
-    seen = set()
-    for name in order:
-        scheme = name.removeprefix('mean_').removeprefix('quarter_').split('_h')[0]
-        label = '1 seed, ' * (len(curves[name]) == 1) + name.replace('_h', ', h = ')
-        label = label.replace('mean_', 'mean of two: ').replace('quarter_', 'f / 4: ')
-        axes[1].plot([run[-1][1] for run in curves[name]], [label] * len(curves[name]), 'o', alpha=0.7, color=COLORS[scheme])
-        if len(curves[name]) > 1 and scheme not in seen and name.startswith(scheme):       # each scheme's best
-            seen.add(scheme)
-            points = [(steps[0][0], statistics.mean(loss for _, loss in steps)) for steps in zip(*curves[name])]
-            axes[0].plot(*zip(*points), marker='.', color=COLORS[scheme], label=label)
+            curve = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']][1:]
+        if seed != '1':
+            runs[scheme].append(curve)
+        elif curve[-1][0] < 500:                                            # the short ones, of leapfrog
+            depths[int(layers)].append((float(h), curve[-1][1]))
+    for name in sorted(runs, key=lambda name: statistics.mean(run[-1][1] for run in runs[name])):
+        last = [run[-1][1] for run in runs[name]]
+        axes[0].plot(*zip(*[(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*runs[name])]), color=COLORS[name])
+        axes[1].plot(last, [name] * len(last), 'o', alpha=0.6, color=COLORS[name])
+        axes[1].plot(statistics.mean(last), name, '|', markersize=22, markeredgewidth=2.5, color=COLORS[name])
     axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds')
-    axes[0].legend()
     axes[1].invert_yaxis()
-    axes[1].set(xlabel='validation loss at the end, each run', title='ranking')
+    axes[1].set(xlabel='at the end: each run, and the mean', title='12 layers, 3.0M tokens')
+    for label in axes[1].get_yticklabels():
+        label.set_color(COLORS[label.get_text()])
+    for layers, points in sorted(depths.items()):
+        points.sort()
+        axes[2].plot([h for h, _ in points], [loss - min(loss for _, loss in points) for _, loss in points], 'o-', label=f'{layers} layers')
+    axes[2].set(xscale='log', xlabel='leapfrog: step size h', ylabel="above the best h's loss", title='0.75M tokens, one seed')
+    axes[2].legend()
 
 def bits(folder, axes):
     """SmolLM2's loss above its teacher's, the mean of two texts: untuned from retrofit.py's tables, tuned from evaluate.py's report."""
@@ -197,7 +202,7 @@ for figure, (file, *size) in FIGURES.items():
         if os.path.exists(path):
             with open(path) as content:
                 draw(name, json.load(content)['rows'], *size)
-if logs := sorted(glob.glob('results/loss/*.csv')):
-    draw('loss', logs, 1, 2, 11, 4.5)
+if logs := sorted(glob.glob('results/compare/*.csv')):
+    draw('loss', logs, 1, 3, 14, 4.2)
 if os.path.exists('results/smollm2/scores.json'):
     draw('bits', 'results/smollm2')

@@ -8,10 +8,12 @@ Schemes compared: each with the learning rate and the step size h that do best f
 A run is train.py with config/compare.py and some flags. Its folder in out_compare/ is named after them. Its last validation loss
 goes to results/compare.csv (inf if it diverged), its whole log to results/compare/. The work, in this order:
 
-1. For each scheme, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
+1. For each scheme but BDIA, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
    rate / 4. It ends where all five do worse. Then seeds 2, 3 and 4 there.
 2. Leapfrog's best h by depth, with a quarter of the tokens, at its best rate of part 1. One seed.
-3. Twice as deep, seed 1. h is halved there, but not standard's factor: h times the number of layers is the time that is integrated over.
+3. Twice as deep, with half the tokens, seed 1. h is halved there, but not standard's factor: h times the number of layers is the
+   time that is integrated over.
+4. Part 1 for BDIA.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
@@ -31,10 +33,10 @@ from itertools import combinations, product
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = os.path.join(ROOT, 'results', 'compare.csv')
 START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 8e-3), 'symplectic': (None, 8e-3),
-         'midpoint_a': (0.25, 8e-3), 'bdia': (None, 8e-3)}             # (h, learning rate)
+         'midpoint_a': (0.25, 8e-3), 'bdia': (None, 4e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
-DEPTHS, SHORT = (4, 8, 12, 16, 32), LENGTH // 4
+DEPTHS, SHORT, DEEP = (4, 8, 12, 16, 32), LENGTH // 4, (2 * LAYERS, LENGTH // 2)
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -106,7 +108,7 @@ def best(loss, scheme):
 def deep(loss, scheme):
     """The run of part 3."""
     h, rate = best(loss, scheme)
-    return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, 2 * LAYERS, LENGTH
+    return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, *DEEP
 
 def leapfrog(loss, layers):
     """Its best h at this depth. The search begins at the power of 2 next to 3 / layers."""
@@ -118,7 +120,7 @@ def seeds(loss, scheme):
 
 def work():
     """Functions that make runs."""
-    schemes = list(START)
+    *schemes, bdia = START
     middle = len(schemes) // 2 * ('--from=middle' in sys.argv)
     for scheme in schemes[middle:] + schemes[:middle]:
         yield lambda scheme=scheme: seeds(made, scheme)
@@ -126,6 +128,7 @@ def work():
         yield lambda layers=layers: leapfrog(made, layers)
     for scheme in schemes:
         yield lambda scheme=scheme: made(*deep(made, scheme))
+    yield lambda: seeds(made, bdia)
 
 def two_sided(t, degrees):
     """p of Student's t, for an even number of degrees of freedom (Abramowitz and Stegun, 26.7.4)."""
@@ -157,7 +160,7 @@ def table():
     print('\neach pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
     for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 else ():
         print(f'{one:12}{other:12}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
-    print('\ntwice as deep, seed 1')
+    print('\ntwice as deep, half the tokens, seed 1')
     for scheme in START:
         with suppress(KeyError):
             print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
