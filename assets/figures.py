@@ -113,16 +113,13 @@ def stability(rows, axes):
         axis.legend(fontsize=7)
 
 def loss(paths, axes):
-    """The comparison: each scheme at its best learning rate and h, seeds 2 to 4; and leapfrog's h by depth."""
-    runs, depths = defaultdict(list), defaultdict(list)
+    """The comparison: each scheme at its best learning rate and h, seeds 2 to 4."""
+    runs = defaultdict(list)
     for path in paths:
-        scheme, h, layers, seed = re.match(r'(\w+?)(?:_h([\d.]+))?_lr[\d.]+_(\d+)layers_\d+steps_seed(\d)', os.path.basename(path)).groups()
+        scheme = re.match(r'(\w+?)(_h[\d.]+)?_lr', os.path.basename(path))[1]
         with open(path, newline='') as file:
             curve = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']][1:]
-        if seed != '1':
-            runs[scheme].append(curve)
-        elif curve[-1][0] < 500:                                            # the short ones, of leapfrog
-            depths[int(layers)].append((float(h), curve[-1][1]))
+        runs[scheme].append(curve)
     for name in sorted(runs, key=lambda name: statistics.mean(run[-1][1] for run in runs[name])):
         last = [run[-1][1] for run in runs[name]]
         axes[0].plot(*zip(*[(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*runs[name])]), color=COLORS[name])
@@ -133,11 +130,6 @@ def loss(paths, axes):
     axes[1].set(xlabel='at the end: each run, and the mean', title='12 layers, 3.0M tokens')
     for label in axes[1].get_yticklabels():
         label.set_color(COLORS[label.get_text()])
-    for layers, points in sorted(depths.items()):
-        points.sort()
-        axes[2].plot([h for h, _ in points], [loss - min(loss for _, loss in points) for _, loss in points], 'o-', label=f'{layers} layers')
-    axes[2].set(xscale='log', xlabel='leapfrog: step size h', ylabel="above the best h's loss", title='0.75M tokens, one seed')
-    axes[2].legend()
 
 def bits(folder, axes):
     """SmolLM2's loss above its teacher's, the mean of two texts: untuned from retrofit.py's tables, tuned from evaluate.py's report."""
@@ -202,7 +194,7 @@ for figure, (file, *size) in FIGURES.items():
         if os.path.exists(path):
             with open(path) as content:
                 draw(name, json.load(content)['rows'], *size)
-if logs := sorted(glob.glob('results/compare/*.csv')):
-    draw('loss', logs, 1, 3, 14, 4.2)
+if logs := sorted(glob.glob('results/compare/*seed[234].csv')):
+    draw('loss', logs, 1, 2, 10, 4)
 if os.path.exists('results/smollm2/scores.json'):
     draw('bits', 'results/smollm2')

@@ -11,8 +11,8 @@ batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128
 
-scheme = 'leapfrog'     # the default of the comparison in RESULTS.md
-h = 0.5                 # which at 4 layers does better than the 0.25 of the comparison's 12: see the README
+scheme = 'leapfrog'     # the default
+h = 0.5                 # better at 4 layers than the default, 0.25: see RESULTS.md's comparison
 n_layer = 4
 n_head = 4
 n_embd = 128

@@ -111,9 +111,9 @@ def deep(loss, scheme):
     return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, *DEEP
 
 def leapfrog(loss, layers):
-    """Its best h at this depth. The search begins at the power of 2 next to 3 / layers."""
+    """Its best h at this depth. The search begins at the power of 2 next to 1.5 / layers."""
     rate = best(loss, 'leapfrog')[1]
-    return climb(loss, 'leapfrog', 2.0 ** round(math.log2(3 / layers)), rate, layers, SHORT, rates=(), last=())[0]
+    return climb(loss, 'leapfrog', 2.0 ** round(math.log2(1.5 / layers)), rate, layers, SHORT, rates=(), last=())[0]
 
 def seeds(loss, scheme):
     return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
@@ -124,7 +124,7 @@ def work():
     middle = len(schemes) // 2 * ('--from=middle' in sys.argv)
     for scheme in schemes[middle:] + schemes[:middle]:
         yield lambda scheme=scheme: seeds(made, scheme)
-    for layers in DEPTHS:
+    for layers in reversed(DEPTHS):         # the longest first
         yield lambda layers=layers: leapfrog(made, layers)
     for scheme in schemes:
         yield lambda scheme=scheme: made(*deep(made, scheme))
