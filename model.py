@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_config
 
 # -----------------------------------------------------------------------------
-# the schemes: a layer's (a, h) -> (a, b, c) of the recurrence. h is the step size; only midpoint_a uses the layer's a
+# the schemes: a layer's (a, h) -> (a, b, c) of the recurrence, with a + b = 1. h is the step size; only midpoint_a uses that a
 
 SCHEMES = {
     'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
@@ -72,7 +72,7 @@ class GPTConfig:
     a: float | list | str | None = None     # midpoint_a: a number, or one per layer; None or 'random': drawn as in the paper; or 'bdia'
     stored_layers: int | None = None        # how many of the last layers store their activations; None: 0, but all in 'standard'
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after backward, check that the two rebuilt first states are equal
+    verify: bool = True                     # after backward, check that the two rebuilt first states are equal (not if layers are frozen)
     slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: its graph takes most memory
 
     def __post_init__(self):
