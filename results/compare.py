@@ -1,7 +1,7 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # six hours on one core; finished runs are kept
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # seven hours on one core; finished runs are kept
     OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # a second process, for a second core
     python results/compare.py --table                                                   # of the finished runs
 
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from itertools import combinations, product
+from itertools import combinations
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = os.path.join(ROOT, 'results', 'compare.csv')

@@ -165,6 +165,8 @@ def same_checkpoints(place, one, other):
 
 def test_a_sharded_optimizer_changes_no_bit_and_resumes(place):
     train(place, 'plain_2', processes=2, **ZERO)
+    train(place, 'zero_2', processes=2, zero=True, **ZERO)
+    same_checkpoints(place, 'plain_2', 'zero_2')
     train(place, 'zero_2_stopped', processes=2, zero=True, **dict(ZERO, max_iters=2))
     train(place, 'zero_2_stopped', processes=2, zero=True, init_from='resume', **ZERO)
     same_checkpoints(place, 'plain_2', 'zero_2_stopped')
@@ -273,14 +275,15 @@ def test_float16_with_its_scaler(place):
 
 def test_auto_stores_what_fits_and_changes_no_bit(place):
     found = {}
-    for gigabytes in (0.001, 0.1):
+    for gigabytes in (0.0008, 0.001, 0.1):
         flags = dict(stored_layers='auto', memory_gb=gigabytes, n_layer=6, max_iters=3, eval_interval=3)
         output = run(place, 'train.py', out_dir=f'auto{gigabytes}', **{**SMALL, **flags})
         found[gigabytes] = int(re.search(r'stored_layers = (\d) of 6: ', output)[1])
         assert ('would need' in output) == (found[gigabytes] < 6) and f'{found[gigabytes]} of 6 layers stored' in output
-    assert 0 < found[0.001] < found[0.1] == 6
-    for name, weight in weights(place, 'auto0.1').items():
-        assert torch.equal(weight, weights(place, 'auto0.001')[name]), name
+    assert 0 < found[0.0008] < found[0.001] < found[0.1] == 6
+    for gigabytes in (0.0008, 0.001):
+        for name, weight in weights(place, 'auto0.1').items():
+            assert torch.equal(weight, weights(place, f'auto{gigabytes}')[name]), name
 
 # -----------------------------------------------------------------------------
 # one clear sentence
