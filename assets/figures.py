@@ -194,7 +194,7 @@ for figure, (file, *size) in FIGURES.items():
         if os.path.exists(path):
             with open(path) as content:
                 draw(name, json.load(content)['rows'], *size)
-if logs := sorted(glob.glob('results/compare/*seed[234].csv')):
+if logs := sorted(glob.glob('results/compare/*_12layers_1465steps_seed[234].csv')):
     draw('loss', logs, 1, 2, 10, 4)
 if os.path.exists('results/smollm2/scores.json'):
     draw('bits', 'results/smollm2')

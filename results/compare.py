@@ -1,19 +1,19 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # seven hours on one core; finished runs are kept
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # eight hours on one core; finished runs are kept
     OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # a second process, for a second core
     python results/compare.py --table                                                   # of the finished runs
 
 A run is train.py with config/compare.py and some flags. Its folder in out_compare/ is named after them. Its last validation loss
 goes to results/compare.csv (inf if it diverged), its whole log to results/compare/. The work, in this order:
 
-1. For each scheme but BDIA, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
+1. For each scheme, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
    rate / 4. It ends where all five do worse. Then seeds 2, 3 and 4 there.
-2. Leapfrog's best h by depth, with a quarter of the tokens, at its best rate of part 1. One seed.
-3. Twice as deep, with half the tokens, seed 1. h is halved there, but not standard's factor: h times the number of layers is the
+2. Twice as deep, with half the tokens, seed 1. h is halved there, but not standard's factor: h times the number of layers is the
    time that is integrated over.
-4. Part 1 for BDIA.
+3. Leapfrog's h by depth, with a quarter of the tokens, at its best rate of part 1, for several times. h is the power of 2 next to
+   time / layers. Three seeds.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
@@ -26,9 +26,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from itertools import combinations
+from time import sleep
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = os.path.join(ROOT, 'results', 'compare.csv')
@@ -36,7 +36,8 @@ START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 
          'midpoint_a': (0.25, 8e-3), 'bdia': (None, 4e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
-DEPTHS, SHORT, DEEP = (4, 8, 12, 16, 32), LENGTH // 4, (2 * LAYERS, LENGTH // 2)
+DEEP = 2 * LAYERS, LENGTH // 2
+DEPTHS, TIMES, SHORT, GRID_SEEDS = (4, 8, 12, 16, 32), (0.5, 1, 2, 4), LENGTH // 4, (1, 2, 3)
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -93,42 +94,44 @@ def made(*key):
 def there(*key):
     return found()[key]
 
-def climb(loss, scheme, h, rate, layers=LAYERS, steps=LENGTH, rates=(1 / 2, 2), last=(1 / 4,)):
+def climb(loss, scheme, h, rate):
     """(h, rate) of the lowest loss on seed 1: from here to the first neighbour that is better, until none is."""
-    near = [*((h, rate * k) for k in rates), *((h * k, rate) for k in (1 / 2, 2) if h), *((h, rate * k) for k in last)]
-    here = loss(scheme, h, rate, 1, layers, steps)
-    for point in near:
-        if loss(scheme, *point, 1, layers, steps) < here:
-            return climb(loss, scheme, *point, layers, steps, rates, last)
+    here = loss(scheme, h, rate, 1, LAYERS, LENGTH)
+    for point in ((h, rate / 2), (h, 2 * rate), *((h * k, rate) for k in (1 / 2, 2) if h), (h, rate / 4)):
+        if loss(scheme, *point, 1, LAYERS, LENGTH) < here:
+            return climb(loss, scheme, *point)
     return h, rate
 
 def best(loss, scheme):
     return climb(loss, scheme, *START[scheme])
 
 def deep(loss, scheme):
-    """The run of part 3."""
+    """The run of part 2."""
     h, rate = best(loss, scheme)
     return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, *DEEP
 
-def leapfrog(loss, layers):
-    """Its best h at this depth. The search begins at the power of 2 next to 1.5 / layers."""
+def leapfrog(loss, h_of, seed=None):
+    """The losses of part 3 for one rule h_of(layers), by depth and seed."""
     rate = best(loss, 'leapfrog')[1]
-    return climb(loss, 'leapfrog', 2.0 ** round(math.log2(1.5 / layers)), rate, layers, SHORT, rates=(), last=())[0]
+    return [loss('leapfrog', h_of(layers), rate, its, layers, SHORT) for its in GRID_SEEDS if seed in (None, its) for layers in DEPTHS]
+
+def by_time(time):
+    return lambda layers: 2.0 ** round(math.log2(time / layers))
 
 def seeds(loss, scheme):
     return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
 
 def work():
     """Functions that make runs."""
-    *schemes, bdia = START
+    schemes = [*START]
     middle = len(schemes) // 2 * ('--from=middle' in sys.argv)
     for scheme in schemes[middle:] + schemes[:middle]:
         yield lambda scheme=scheme: seeds(made, scheme)
-    for layers in reversed(DEPTHS):         # the longest first
-        yield lambda layers=layers: leapfrog(made, layers)
     for scheme in schemes:
         yield lambda scheme=scheme: made(*deep(made, scheme))
-    yield lambda: seeds(made, bdia)
+    for seed in GRID_SEEDS:
+        for time in TIMES:
+            yield lambda seed=seed, time=time: leapfrog(made, by_time(time), seed)
 
 def two_sided(t, degrees):
     """p of Student's t, for an even number of degrees of freedom (Abramowitz and Stegun, 26.7.4)."""
@@ -157,28 +160,40 @@ def table():
                       + f'{statistics.mean(row):10.4f}{statistics.stdev(row):9.4f}')
             else:
                 print(f'{scheme:12}{best(loss, scheme)} diverged on a seed')
-    print('\neach pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
-    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 else ():
-        print(f'{one:12}{other:12}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
+    print_pairs(rows)
     print('\ntwice as deep, half the tokens, seed 1')
     for scheme in START:
         with suppress(KeyError):
             print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
-    print('\nleapfrog: the best h, and all that were tried')
+    print('\nleapfrog: h by depth, mean and standard deviation of three seeds')
     for layers in DEPTHS:
+        runs = {}
+        for (scheme, h, rate, seed, *size), value in losses.items():
+            if (scheme, size) == ('leapfrog', [layers, SHORT]):
+                runs.setdefault(h, []).append(value)
+        print(f'{layers:2} layers: ' + ', '.join(f'{h:g}: {statistics.mean(row):.4f} {statistics.stdev(row):.4f}'
+                                                 for h, row in sorted(runs.items()) if len(row) == len(GRID_SEEDS)))
+    rows = {}
+    for rule, h_of in {**{f'{time:g} / layers': by_time(time) for time in TIMES}, 'always 0.125': lambda layers: 0.125}.items():
         with suppress(KeyError):
-            h, rate = leapfrog(loss, layers), best(loss, 'leapfrog')[1]
-            print(f'{layers} layers, {SHORT} steps: {h:g}   ' + ', '.join(f'{key[1]:g}: {value:.4f}' for key, value in sorted(losses.items(), key=str)
-                  if (key[0], *key[2:]) == ('leapfrog', rate, 1, layers, SHORT)))
+            rows[rule] = leapfrog(loss, h_of)
+            print(f'h = {rule:14}{statistics.mean(rows[rule]):9.4f} is the mean over depths and seeds')
+    print_pairs(rows)
+
+def print_pairs(rows):
+    print('each pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
+    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 else ():
+        print(f'{one:14}{other:14}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
 
 def pairs(rows):
     """
-    (one, other, difference of their means, p of a paired t-test, p, p after Holm) for all pairs. Runs of a seed share their data. With
-    three seeds a paired test of two schemes alone has 2 degrees of freedom. The second p takes the variance of the noise from all
-    schemes: of what is left of the losses without the means of schemes and of seeds (an analysis of variance with blocks).
-    That needs schemes of like variance, so a claim should survive both. Holm's correction is for the number of pairs.
+    (one, other, difference of their means, p of a paired t-test, p, p after Holm) for all pairs of rows: name -> losses, in the same
+    order of seeds (and depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has 2 degrees
+    of freedom. The second p takes the variance of the noise from all rows: of what is left of the losses without the means of rows
+    and of seeds (an analysis of variance with blocks). That needs rows of like variance, so a claim should survive both. Holm's
+    correction is for the number of pairs.
     """
-    n, everything = len(SEEDS), statistics.mean(sum(rows.values(), []))
+    n, everything = len(next(iter(rows.values()))), statistics.mean(sum(rows.values(), []))
     of_seed = [statistics.mean(column) for column in zip(*rows.values())]
     degrees = (len(rows) - 1) * (n - 1)
     variance = sum((value - statistics.mean(row) - seed + everything) ** 2 for row in rows.values() for value, seed in zip(row, of_seed)) / degrees
@@ -202,5 +217,5 @@ if __name__ == '__main__':
             with suppress(BlockingIOError):             # the other process is at it: come back later
                 piece()
                 left.remove(piece)
-        time.sleep(5)
+        sleep(5)
     table()
