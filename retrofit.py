@@ -6,7 +6,7 @@ Turns a trained standard model, the teacher, into a reversible one, the student,
     python retrofit.py config/retrofit_gpt2.py --bits=0                 # instead of 2 per element and layer: much harder
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py
     python retrofit.py config/retrofit_gpt2.py --init_from=resume       # continues where it stopped, bit for bit
-    python train.py --init_from=out_retrofit/midpoint_a_0bit/last.pt ...    # more training on text of your own
+    python train.py --init_from=out_retrofit_gpt2/midpoint_a_2bit/last.pt ...    # more training on text of your own
 
 A trained net is p_next = p + f(p), which is midpoint(a) at a = 0:
 

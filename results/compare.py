@@ -12,8 +12,8 @@ goes to results/compare.csv (inf if it diverged), its whole log to results/compa
    rate / 4. It ends where all five do worse. Then seeds 2, 3 and 4 there.
 2. Twice as deep, with half the tokens, seed 1. h is halved there, but not standard's factor: h times the number of layers is the
    time that is integrated over.
-3. Leapfrog's h by depth, with a quarter of the tokens, at its best rate of part 1, for several times. h is the power of 2 next to
-   time / layers. Three seeds.
+3. Leapfrog's h by depth, with a quarter of the tokens, at its best rate of part 1, for several values of that time: h is the power of 2
+   next to time / layers. Three seeds.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
@@ -37,7 +37,7 @@ START = {'standard': (1.0, 8e-3), 'midpoint': (0.125, 8e-3), 'leapfrog': (0.25, 
 SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
 DEEP = 2 * LAYERS, LENGTH // 2
-DEPTHS, TIMES, SHORT, GRID_SEEDS = (4, 8, 12, 16, 32), (0.5, 1, 2, 4), LENGTH // 4, (1, 2, 3)
+DEPTHS, TIMES, SHORT, GRID_SEEDS = (4, 8, 16, 32, 12), (0.5, 1, 2, 4), LENGTH // 4, (1, 2, 3)
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -110,13 +110,12 @@ def deep(loss, scheme):
     h, rate = best(loss, scheme)
     return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, *DEEP
 
-def leapfrog(loss, h_of, seed=None):
-    """The losses of part 3 for one rule h_of(layers), by depth and seed."""
-    rate = best(loss, 'leapfrog')[1]
-    return [loss('leapfrog', h_of(layers), rate, its, layers, SHORT) for its in GRID_SEEDS if seed in (None, its) for layers in DEPTHS]
+def leapfrog(loss, h, layers):
+    """Losses of part 3, by seed."""
+    return [loss('leapfrog', h, best(loss, 'leapfrog')[1], seed, layers, SHORT) for seed in GRID_SEEDS]
 
-def by_time(time):
-    return lambda layers: 2.0 ** round(math.log2(time / layers))
+def by_time(time, layers):
+    return 2.0 ** round(math.log2(time / layers))
 
 def seeds(loss, scheme):
     return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
@@ -129,18 +128,18 @@ def work():
         yield lambda scheme=scheme: seeds(made, scheme)
     for scheme in schemes:
         yield lambda scheme=scheme: made(*deep(made, scheme))
-    for seed in GRID_SEEDS:
+    for layers in DEPTHS:
         for time in TIMES:
-            yield lambda seed=seed, time=time: leapfrog(made, by_time(time), seed)
+            yield lambda layers=layers, time=time: leapfrog(made, by_time(time, layers), layers)
 
 def two_sided(t, degrees):
-    """p of Student's t, for an even number of degrees of freedom (Abramowitz and Stegun, 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-    term, total = 1.0, 1.0
-    for k in range(1, degrees // 2):
-        term *= (2 * k - 1) / (2 * k) * math.cos(angle) ** 2
+    """p of Student's t, for two or more degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan(abs(t) / math.sqrt(degrees)), degrees % 2
+    term = total = math.cos(angle) ** odd
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
         total += term
-    return 1 - math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total)
 
 def table():
     losses, loss = found(), there
@@ -166,30 +165,29 @@ def table():
         with suppress(KeyError):
             print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
     print('\nleapfrog: h by depth, mean and standard deviation of three seeds')
-    for layers in DEPTHS:
-        runs = {}
-        for (scheme, h, rate, seed, *size), value in losses.items():
-            if (scheme, size) == ('leapfrog', [layers, SHORT]):
-                runs.setdefault(h, []).append(value)
-        print(f'{layers:2} layers: ' + ', '.join(f'{h:g}: {statistics.mean(row):.4f} {statistics.stdev(row):.4f}'
-                                                 for h, row in sorted(runs.items()) if len(row) == len(GRID_SEEDS)))
-    rows = {}
-    for rule, h_of in {**{f'{time:g} / layers': by_time(time) for time in TIMES}, 'always 0.125': lambda layers: 0.125}.items():
+    rows = {'always 0.125': [], **{f'{time:g} / layers': [] for time in TIMES}}
+    for layers in sorted(DEPTHS):
         with suppress(KeyError):
-            rows[rule] = leapfrog(loss, h_of)
-            print(f'h = {rule:14}{statistics.mean(rows[rule]):9.4f} is the mean over depths and seeds')
+            here = {h: leapfrog(loss, h, layers) for h in sorted({0.125, *(by_time(time, layers) for time in TIMES)})}
+            print(f'{layers:2} layers: ' + ', '.join(f'{h:g}: {statistics.mean(row):.4f} {statistics.stdev(row):.4f}' for h, row in here.items()))
+            rows['always 0.125'] += here[0.125]
+            for time in TIMES:
+                rows[f'{time:g} / layers'] += here[by_time(time, layers)]
+    for rule, row in rows.items():
+        if row:
+            print(f'h = {rule:14}{statistics.mean(row):9.4f} is the mean over depths and seeds')
     print_pairs(rows)
 
 def print_pairs(rows):
     print('each pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
-    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 else ():
+    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 and all(rows.values()) else ():
         print(f'{one:14}{other:14}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
 
 def pairs(rows):
     """
     (one, other, difference of their means, p of a paired t-test, p, p after Holm) for all pairs of rows: name -> losses, in the same
     order of seeds (and depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has 2 degrees
-    of freedom. The second p takes the variance of the noise from all rows: of what is left of the losses without the means of rows
+    of freedom. The second p takes the variance of the noise from all rows: that of what is left of the losses without the means of rows
     and of seeds (an analysis of variance with blocks). That needs rows of like variance, so a claim should survive both. Holm's
     correction is for the number of pairs.
     """
