@@ -37,7 +37,7 @@ SCHEMES = {
     'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8, 2.9: two steps per layer, f is attention, then MLP
     'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, for trained nets: f is the sum of two blocks
 }
-DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # at 12 layers: see RESULTS.md's comparison
+DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # at 12 layers; weak evidence: see RESULTS.md
 
 class Coefficients(NamedTuple):
     """
