@@ -50,7 +50,7 @@ def curve(rows, axes):
             axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: {row['peak MB'] / 1e3:.1f} GB", ha='right', color=color(row['case']),
                       weight='bold', transform=axis.transAxes)
         axis.set(title=f'{n} layers', xlabel='one step: forward, then backward', xticks=[], ylim=0)
-    axes[0].set_ylabel('GB above weights and moments')
+    axes[0].set_ylabel('GB above weights and optimizer state')
 
 def batch(rows, axes):
     rows = [row for row in rows if row['GB'] == 24]
