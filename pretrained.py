@@ -376,6 +376,8 @@ def export(source, target):
         files = {'tokenizer.json': need(meta['model'], 'tokenizer.json'), **{file: find(meta['model'], file) for file in TOKENIZER}}
     elif encoding == 'gpt2' and config.vocab_size >= 50257:
         ends, said = dict(bos_token_id=50256, eos_token_id=50256), ", without a tokenizer: take AutoTokenizer.from_pretrained('gpt2')"
+        if os.path.isdir(source) and find(source, 'tokenizer.json'):
+            files, said = {file: find(source, file) for file in ('tokenizer.json', *TOKENIZER)}, ''
     kept = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32',
                 bos_token_id=ends.get('bos_token_id'), eos_token_id=ends.get('eos_token_id'))
     if gpt2:

@@ -10,10 +10,10 @@ goes to results/compare.csv (inf if it diverged), its whole log to results/compa
 
 1. For each scheme, seed 1: from START it moves to the first of these neighbours that does better: rate / 2, 2 rate, h / 2, 2 h,
    rate / 4. It ends where all five do worse. Then seeds 2, 3 and 4 there.
-2. All but BDIA, twice as deep, with half the tokens, seed 1. h is halved there, but not standard's factor: h times the number of
-   layers is the time that is integrated over.
-3. Leapfrog's h by depth, with a quarter of the tokens, at its best rate of part 1, for several values of that time: h is the power of 2
-   next to time / layers. Three seeds.
+2. All but BDIA, twice as deep, with half the tokens, seed 1. h is halved there: h times the number of layers is the time that is
+   integrated over.
+3. Leapfrog's h by depth, with a quarter of the tokens, at its best rate of part 1, for several values of that time: h is the power
+   of 2 next to time / layers. Two values of h are tried at all depths. Three seeds.
 
 BDIA is midpoint_a whose a is drawn anew for each micro-batch and layer. The counterpart of h in standard is a factor before f, which
 no flag of train.py sets.
@@ -38,6 +38,8 @@ SEEDS = 2, 3, 4
 LAYERS, LENGTH = 12, 1465                   # steps of 2048 tokens: 3.0M
 DEEP = 2 * LAYERS, LENGTH // 2
 DEPTHS, TIMES, SHORT, GRID_SEEDS = (4, 8, 16, 12, 32), (0.5, 1, 2, 4), LENGTH // 4, (1, 2, 3)
+RULES = {f'{h:g}': lambda layers, h=h: h for h in (0.125, 0.25)}            # leapfrog's h by depth; 0.25 is the default
+RULES |= {f'{time:g} / layers': lambda layers, time=time: 2.0 ** round(math.log2(time / layers)) for time in TIMES}
 
 def name_of(scheme, h, rate, seed, layers, steps):
     size = '' if h is None else f'_h{h:g}'
@@ -73,14 +75,13 @@ def made(*key):
         if (loss := found().get(key)) is not None:
             return loss
         result = subprocess.run(command(*key), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        with open(os.path.join(folder, 'log.csv'), newline='') as file:
-            last = [row for row in csv.DictReader(file) if row['val_loss']][-1]
         if result.returncode == 1 and 'loss is' in result.stderr:           # train.py's sentence about inf and NaN
             loss = math.inf
-        elif result.returncode or last['step'] != str(key[-1]):
-            sys.exit(f'{name_of(*key)} ended with status {result.returncode} at step {last["step"]}: {result.stderr}')
+        elif result.returncode:
+            sys.exit(f'{name_of(*key)} ended with status {result.returncode}: {result.stderr}')
         else:
-            loss = float(last['val_loss'])
+            with open(os.path.join(folder, 'log.csv'), newline='') as file:
+                loss = float([row for row in csv.DictReader(file) if row['step'] == str(key[-1]) and row['val_loss']][-1]['val_loss'])
         os.makedirs(TABLE.removesuffix('.csv'), exist_ok=True)
         shutil.copyfile(os.path.join(folder, 'log.csv'), os.path.join(TABLE.removesuffix('.csv'), f'{name_of(*key)}.csv'))
         with open(TABLE, 'a', newline='') as file:
@@ -108,14 +109,11 @@ def best(loss, scheme):
 def deep(loss, scheme):
     """The run of part 2."""
     h, rate = best(loss, scheme)
-    return scheme, h if scheme == 'standard' else h and h / 2, rate, 1, *DEEP
+    return scheme, h and h / 2, rate, 1, *DEEP
 
 def leapfrog(loss, h, layers):
     """Losses of part 3, by seed."""
     return [loss('leapfrog', h, best(loss, 'leapfrog')[1], seed, layers, SHORT) for seed in GRID_SEEDS]
-
-def by_time(time, layers):
-    return 2.0 ** round(math.log2(time / layers))
 
 def seeds(loss, scheme):
     return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
@@ -129,8 +127,8 @@ def work():
     for scheme in schemes[:-1]:             # all but BDIA
         yield lambda scheme=scheme: made(*deep(made, scheme))
     for layers in DEPTHS:
-        for time in TIMES:
-            yield lambda layers=layers, time=time: leapfrog(made, by_time(time, layers), layers)
+        for rule in RULES.values():
+            yield lambda layers=layers, rule=rule: leapfrog(made, rule(layers), layers)
 
 def two_sided(t, degrees):
     """p of Student's t, for two or more degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
@@ -159,35 +157,36 @@ def table():
                       + f'{statistics.mean(row):10.4f}{statistics.stdev(row):9.4f}')
             else:
                 print(f'{scheme:12}{best(loss, scheme)} diverged on a seed')
-    rows.pop('bdia', None)                  # its variance is far larger than that of the others
+    print_pairs({scheme: row for scheme, row in rows.items() if scheme != 'bdia'})
+    print('\nwith BDIA, whose variance is far larger: only the paired tests count')
     print_pairs(rows)
     print('\ntwice as deep, half the tokens, seed 1')
     for scheme in START:
         with suppress(KeyError):
             print(f'{name_of(*deep(loss, scheme)):60}{loss(*deep(loss, scheme)):9.4f}')
     print('\nleapfrog: h by depth, mean and standard deviation of three seeds')
-    rows = {'always 0.125': [], **{f'{time:g} / layers': [] for time in TIMES}}
+    rows = {rule: [] for rule in RULES}     # a mean of seeds per depth
     for layers in sorted(DEPTHS):
         with suppress(KeyError):
-            here = {h: leapfrog(loss, h, layers) for h in sorted({0.125, *(by_time(time, layers) for time in TIMES)})}
-            print(f'{layers:2} layers: ' + ', '.join(f'{h:g}: {statistics.mean(row):.4f} {statistics.stdev(row):.4f}' for h, row in here.items()))
-            rows['always 0.125'] += here[0.125]
-            for time in TIMES:
-                rows[f'{time:g} / layers'] += here[by_time(time, layers)]
-    for rule, row in rows.items():
-        if row:
-            print(f'h = {rule:14}{statistics.mean(row):9.4f} is the mean over depths and seeds')
-    print_pairs(rows)
+            here = {rule: leapfrog(loss, h_of(layers), layers) for rule, h_of in RULES.items()}
+            print(f'{layers:2} layers: ' + ', '.join(f'{h:g}: {statistics.mean(row):.4f} {statistics.stdev(row):.4f}' for h, row in sorted(
+                {h_of(layers): here[rule] for rule, h_of in RULES.items()}.items()) if max(row) < math.inf))
+            for rule, row in here.items():
+                rows[rule].append(statistics.mean(row))
+    if len(rows['0.25']) > 1:
+        for rule, row in rows.items():
+            print(f'h = {rule:12}' + ''.join(f'{value:9.4f}' for value in row) + f'{statistics.mean(row):10.4f}')
+        print_pairs({rule: row for rule, row in rows.items() if max(row) < math.inf})
 
 def print_pairs(rows):
-    print('each pair: difference of the means, p of a paired t-test, p by the variance of all, the same after Holm')
-    for one, other, difference, paired, p, corrected in pairs(rows) if len(rows) > 1 and all(rows.values()) else ():
-        print(f'{one:14}{other:14}{difference:+9.4f}{paired:9.4f}{p:9.4f}{corrected:9.4f}')
+    print('each pair: difference of the means, p of a paired t-test, the same after Holm, p by the variance of all, the same after Holm')
+    for one, other, *values in pairs(rows) if len(rows) > 1 else ():
+        print(f'{one:14}{other:14}' + ''.join(f'{value:9.4f}' for value in values))
 
 def pairs(rows):
     """
-    (one, other, difference of their means, p of a paired t-test, p, p after Holm) for all pairs of rows: name -> losses, in the same
-    order of seeds (and depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has 2 degrees
+    (one, other, difference of their means, p of a paired t-test, p after Holm, p, p after Holm) for all pairs of rows: name -> losses,
+    in the same order of seeds (or depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has 2 degrees
     of freedom. The second p takes the variance of the noise from all rows: that of what is left of the losses without the means of rows
     and of seeds (an analysis of variance with blocks). That needs rows of like variance, so a claim should survive both. Holm's
     correction is for the number of pairs.
@@ -196,16 +195,21 @@ def pairs(rows):
     of_seed = [statistics.mean(column) for column in zip(*rows.values())]
     degrees = (len(rows) - 1) * (n - 1)
     variance = sum((value - statistics.mean(row) - seed + everything) ** 2 for row in rows.values() for value, seed in zip(row, of_seed)) / degrees
-    result = []
+    found = []
     for one, other in combinations(rows, 2):
         differences = [x - y for x, y in zip(rows[one], rows[other])]
-        mean = statistics.mean(differences)
-        result.append((one, other, mean, two_sided(mean / (statistics.stdev(differences) / math.sqrt(n)), n - 1),
-                       two_sided(mean / math.sqrt(2 * variance / n), degrees)))
+        mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+        found.append((one, other, mean, two_sided(mean / (deviation / math.sqrt(n)), n - 1) if deviation else 1.0,
+                      two_sided(mean / math.sqrt(2 * variance / n), degrees)))
+    ones, others, means, *both = zip(*found)
+    return list(zip(ones, others, means, both[0], holm(both[0]), both[1], holm(both[1])))
+
+def holm(values):
+    """p -> p corrected for their number."""
     corrected, highest = {}, 0.0
-    for i, pair in enumerate(sorted(result, key=lambda pair: pair[4])):
-        highest = corrected[pair] = max(highest, min(1.0, (len(result) - i) * pair[4]))
-    return [(*pair, corrected[pair]) for pair in result]
+    for i, p in enumerate(sorted(values)):
+        corrected[p] = highest = max(highest, min(1.0, (len(values) - i) * p))
+    return [corrected[p] for p in values]
 
 if __name__ == '__main__':
     if unknown := set(sys.argv[1:]) - {'--table', '--from=middle'}:

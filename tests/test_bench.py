@@ -228,11 +228,12 @@ def test_the_comparison_finds_the_lowest_loss_and_believes_no_noise(monkeypatch)
     h, rate = compare.best(loss, 'leapfrog')
     assert all(loss('leapfrog', h, rate) <= loss('leapfrog', *near) for near in ((h / 2, rate), (2 * h, rate), (h, rate / 2), (h, 2 * rate)))
     assert len({x for y, x in tried if y == h}) >= 4 and len({y for y, x in tried if x == rate}) >= 3
-    assert [compare.by_time(2, layers) for layers in (4, 12, 32)] == [0.5, 0.125, 0.0625]
+    assert [compare.RULES['2 / layers'](layers) for layers in (4, 12, 32)] == [0.5, 0.125, 0.0625]
+    assert compare.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     for t, degrees in ((4.303, 2), (3.182, 3), (2.776, 4), (2.228, 10), (2.201, 11)):       # of the tables of Student's t, at 5%
         assert compare.two_sided(t, degrees) == pytest.approx(0.05, abs=1e-4)
     rows = dict(standard=[1.0, 1.1, 1.2], leapfrog=[0.9, 1.01, 1.1], midpoint=[1.01, 1.1, 1.19])
-    found = {(one, other): (mean, paired, p, corrected) for one, other, mean, paired, p, corrected in compare.pairs(rows)}
+    found = {(one, other): (mean, *p) for one, other, mean, *p in compare.pairs(rows)}
     assert found['standard', 'leapfrog'][0] == pytest.approx(0.29 / 3) and max(found['standard', 'leapfrog'][1:]) < 0.01
     assert min(found['standard', 'midpoint'][1:]) > 0.3
 

@@ -302,10 +302,10 @@ def test_a_question_in_the_models_own_template(tmp_path):
     with pytest.raises(ValueError, match='the model has no chat template: leave --chat out'):
         conversation(dict(encoding='gpt2'), 'to be?')
 
-def written(folder, config, encoding=dict(encoding='bytes', vocab_size=256)):
+def written(folder, config, encoding=dict(encoding='bytes', vocab_size=256), vocab_size=97):
     """A checkpoint with random weights, amplified as trained ones are; and the model."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=3, n_head=4, n_embd=32, **config)).eval()
+    model = GPT(GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=32, **config)).eval()
     for weight in model.parameters():
         weight.data = 3 * weight.data if weight.dim() == 2 else weight.data + 0.1 * torch.randn(weight.shape)
     save_checkpoint([str(folder / 'best.pt')], dict(model=model.state_dict(), config=vars(model.config), meta=encoding))
@@ -344,6 +344,13 @@ def test_its_tokenizer_goes_along(tmp_path, monkeypatch):
     transformers = pytest.importorskip('transformers')
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'folder')('be')['input_ids'] == [2]
     assert transformers.AutoConfig.from_pretrained(tmp_path / 'folder').bos_token_id == 1
+
+def test_gpt2s_tokenizer_goes_along_too(tmp_path):
+    path, _ = written(tmp_path, GPT2_LIKE, dict(encoding='gpt2', vocab_size=50257), vocab_size=50257)
+    assert "take AutoTokenizer.from_pretrained('gpt2')" in export(path, str(tmp_path / 'one'))
+    (tmp_path / 'one' / 'tokenizer.json').write_text('{"Ġgazed": 50255}')
+    assert export(str(tmp_path / 'one'), str(tmp_path / 'two')).endswith('two is written')
+    assert (tmp_path / 'two' / 'tokenizer.json').read_text() == '{"Ġgazed": 50255}'
 
 @pytest.mark.parametrize('encoding', [dict(encoding='bytes', vocab_size=256), dict(encoding='chars', chars=['a', 'b'], vocab_size=2)], ids=str)
 def test_tokens_that_no_library_has_are_those_of_before(tmp_path, encoding):
