@@ -215,7 +215,7 @@ if __name__ == '__main__':
     report = {}                                 # model -> tasks or datasets -> name -> numbers
 
     def keep():
-        """What there is so far: it may have taken hours."""
+        """The results so far: it may have taken hours."""
         if main:
             try:
                 write_atomically(knobs.json, json.dumps(report, indent=1).encode())

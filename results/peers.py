@@ -61,7 +61,7 @@ def outcome(attempt):
     """What a user sees: the first words of an error, or what the attempt returns."""
     try:
         return attempt()
-    except Exception as error:              # of any kind: what is asked is whether there is one
+    except Exception as error:              # of any kind: only whether it fails matters
         return 'stops: ' + str(error).split('\n')[0][:60]
 
 def frozen(make):

@@ -49,7 +49,7 @@ AXES = [('standard', None, 'real', -3, 1), ('midpoint', None, 'imaginary', 0, 2)
 def growth(scheme, a, z):
     """The largest |r| and 1 / |r|, of a layer."""
     a, b, c = SCHEMES[scheme](a, 1)
-    lambdas = (z, 1) if scheme == 'symplectic' else (z,)                # attention and MLP in turn: two steps a layer
+    lambdas = (z, 1) if scheme == 'symplectic' else (z,)                # attention and MLP in turn: two steps per layer
     layer = torch.eye(2, dtype=torch.complex128)
     for x in lambdas:
         layer = torch.tensor([[0, 1], [a, b + c * x]], dtype=torch.complex128) @ layer      # (p_prev, p) -> (p, p_next)
