@@ -40,7 +40,7 @@ def depth(rows, axes):
         end = (last, peaks[-1]) if peaks[-1] <= top else (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top)
         axes.annotate(NAMES.get(row['case'], row['case']), end, xytext=(5, 0), textcoords='offset points', va='center',
                       color=color(row['case']), annotation_clip=False)
-    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), ylim=(0, top))
+    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), xticks=range(0, last + 1, 6), ylim=(0, top))
 
 def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
