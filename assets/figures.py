@@ -89,9 +89,12 @@ def drift(rows, axes):
         if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x8', 'trained') and row['case'] != 'midpoint_a':
             errors = row['gradient_errors']
             axes.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
-                      linestyle='-' if row['weights'] == 'trained' else '--', label=f"{row['case']}, {row['weights']}")
+                      linestyle='-' if row['weights'] == 'trained' else '--')
+    for y, scheme in zip((0.95, 0.88, 0.81), ('leapfrog', 'midpoint', 'symplectic')):
+        axes.text(0.98, y, scheme, ha='right', va='top', transform=axes.transAxes, color=COLORS[scheme])
+    axes.annotate('weights x8', (0.12, 0.1), xytext=(20, 20), textcoords='offset points')
+    axes.annotate('trained weights', (0.02, 2e-3), xytext=(0, -12), textcoords='offset points')
     axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
-    axes.legend()
 
 def stability(rows, axes):
     for axis, row in zip(axes, [row for row in rows if 'z' in row]):
@@ -148,13 +151,14 @@ def bits(folder, axes):
     for name, losses in scores.items():
         if k := re.search(r'out_retrofit_smollm2/midpoint_a_([\d.]+)bit/', name):
             lines['tuned'][float(k[1])] += [loss - other for loss, other in zip(losses, teacher)]
-    for title, text, scheme in (
-            ('a = ', 'a > 0', 'checkpointed'), ('a = -', 'a < 0', 'midpoint'), ('bits where they matter', 'a < 0, bits where they matter', 'symplectic'),
-            ('tuned', 'the same, tuned on 150,528 tokens', 'leapfrog')):
+    for title, text, place, scheme in (
+            ('a = ', 'a > 0', (24, 0), 'checkpointed'), ('a = -', 'a < 0', (24, 0), 'midpoint'),
+            ('bits where they matter', 'a < 0, bits\nwhere they\nmatter', (-4, -28), 'symplectic'),
+            ('tuned', 'the same, tuned', (58, 0), 'leapfrog')):
         points = sorted((k, statistics.mean(losses)) for k, losses in lines[title].items())
-        axes.plot(*zip(*points), marker='o', color=COLORS[scheme], label=text)
-    axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log')
-    axes.legend()
+        axes.plot(*zip(*points), marker='o', color=COLORS[scheme])
+        axes.annotate(text, points[-1], xytext=place, textcoords='offset points', ha='center', va='center', color=COLORS[scheme])
+    axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log', xlim=(-0.2, 4.4))
 
 def states(_, axes):
     """The walk of two states: up, each step from the last two; down, the same by the line solved for p_prev."""
