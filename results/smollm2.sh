@@ -80,8 +80,9 @@ for model in $name ${students//,/ }; do
     $sample --chat=True --prompt="What is a midpoint?"
 done | grep -v ^device > $logs/samples.txt
 
-# Fine-tuned on one of the texts: standard, reversible from the first step, and BDIA
-for row in standard:--bits=None bits4:--bits=4 bits1:--bits=1 bdia:--a=bdia; do
+# Fine-tuned on one of the texts: standard, reversible from the first step, and BDIA with signs for each micro-batch or sequence
+for row in standard:--bits=None bits4:--bits=4 bits1:--bits=1 bdia:--a=bdia \
+    "bdia_sequence:--a=bdia --batch_size=1 --gradient_accumulation_steps=4"; do
     python train.py config/finetune_smollm2.py --dataset=debian ${row#*:} --stored_layers=30 --out_dir=out_finetuned_${row%:*}
     cp out_finetuned_${row%:*}/log.csv $logs/finetuned_${row%:*}.csv
 done
