@@ -373,11 +373,12 @@ def export(source, target):
     files = {}
     if own:
         ends, said = read_json(need(meta['model'], 'config.json')), ''
-        files = {'tokenizer.json': need(meta['model'], 'tokenizer.json'), **{file: find(meta['model'], file) for file in TOKENIZER}}
+        need(meta['model'], 'tokenizer.json')
+        files = {file: find(meta['model'], file) for file in TOKENIZER}
     elif encoding == 'gpt2' and config.vocab_size >= 50257:
         ends, said = dict(bos_token_id=50256, eos_token_id=50256), ", without a tokenizer: take AutoTokenizer.from_pretrained('gpt2')"
         if os.path.isdir(source) and find(source, 'tokenizer.json'):
-            files, said = {file: find(source, file) for file in ('tokenizer.json', *TOKENIZER)}, ''
+            files, said = {file: find(source, file) for file in TOKENIZER}, ''
     kept = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, dtype='float32',
                 bos_token_id=ends.get('bos_token_id'), eos_token_id=ends.get('eos_token_id'))
     if gpt2:
@@ -418,7 +419,7 @@ def export(source, target):
         os.replace(part, target)
     return f'{target} is written{said}'
 
-TOKENIZER = 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'
+TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'generation_config.json'
 
 def write_safetensors(path, tensors):
     """

@@ -92,8 +92,8 @@ def drift(rows, axes):
                       linestyle='-' if row['weights'] == 'trained' else '--')
     for y, scheme in zip((0.95, 0.88, 0.81), ('leapfrog', 'midpoint', 'symplectic')):
         axes.text(0.98, y, scheme, ha='right', va='top', transform=axes.transAxes, color=COLORS[scheme])
-    axes.annotate('weights x8', (0.12, 0.1), xytext=(20, 20), textcoords='offset points')
-    axes.annotate('trained weights', (0.02, 2e-3), xytext=(0, -12), textcoords='offset points')
+    axes.text(0.17, 0.25, 'weights x8')
+    axes.text(0.02, 1e-3, 'trained weights')
     axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
 
 def stability(rows, axes):

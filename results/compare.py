@@ -92,9 +92,6 @@ def made(*key):
     print(name_of(*key), loss, flush=True)
     return loss
 
-def there(*key):
-    return found()[key]
-
 def climb(loss, scheme, h, rate):
     """(h, rate) of the lowest loss on seed 1: from here to the first neighbour that is better, until none is."""
     here = loss(scheme, h, rate, 1, LAYERS, LENGTH)
@@ -113,7 +110,8 @@ def deep(loss, scheme):
 
 def leapfrog(loss, h, layers):
     """Losses of part 3, by seed."""
-    return [loss('leapfrog', h, best(loss, 'leapfrog')[1], seed, layers, SHORT) for seed in GRID_SEEDS]
+    rate = best(loss, 'leapfrog')[1]
+    return [loss('leapfrog', h, rate, seed, layers, SHORT) for seed in GRID_SEEDS]
 
 def seeds(loss, scheme):
     return [loss(scheme, *best(loss, scheme), seed, LAYERS, LENGTH) for seed in SEEDS]
@@ -140,7 +138,8 @@ def two_sided(t, degrees):
     return 1 - (2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total)
 
 def table():
-    losses, loss = found(), there
+    losses = found()
+    loss = lambda *key: losses[key]
     for scheme in START:
         runs = {key: value for key, value in losses.items() if key[0] == scheme and key[3:] == (1, LAYERS, LENGTH)}
         for h in sorted({key[1] for key in runs}, key=lambda h: h or 0):
@@ -186,22 +185,22 @@ def print_pairs(rows):
 def pairs(rows):
     """
     (one, other, difference of their means, p of a paired t-test, p after Holm, p, p after Holm) for all pairs of rows: name -> losses,
-    in the same order of seeds (or depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has 2 degrees
-    of freedom. The second p takes the variance of the noise from all rows: that of what is left of the losses without the means of rows
-    and of seeds (an analysis of variance with blocks). That needs rows of like variance, so a claim should survive both. Holm's
-    correction is for the number of pairs.
+    in the same order of seeds (or depths). Runs of a seed share their data. With three seeds a paired test of two schemes alone has
+    2 degrees of freedom. The second p pools the variance of all rows: the losses less the means of their rows and of their seeds
+    (an analysis of variance with blocks). That needs rows of like variance, so a claim should survive both tests. Holm's correction
+    is for the number of pairs.
     """
     n, everything = len(next(iter(rows.values()))), statistics.mean(sum(rows.values(), []))
     of_seed = [statistics.mean(column) for column in zip(*rows.values())]
     degrees = (len(rows) - 1) * (n - 1)
     variance = sum((value - statistics.mean(row) - seed + everything) ** 2 for row in rows.values() for value, seed in zip(row, of_seed)) / degrees
-    found = []
+    result = []
     for one, other in combinations(rows, 2):
         differences = [x - y for x, y in zip(rows[one], rows[other])]
         mean, deviation = statistics.mean(differences), statistics.stdev(differences)
-        found.append((one, other, mean, two_sided(mean / (deviation / math.sqrt(n)), n - 1) if deviation else 1.0,
-                      two_sided(mean / math.sqrt(2 * variance / n), degrees)))
-    ones, others, means, *both = zip(*found)
+        result.append((one, other, mean, two_sided(mean / (deviation / math.sqrt(n)), n - 1) if deviation else 1.0,
+                       two_sided(mean / math.sqrt(2 * variance / n), degrees)))
+    ones, others, means, *both = zip(*result)
     return list(zip(ones, others, means, both[0], holm(both[0]), both[1], holm(both[1])))
 
 def holm(values):
