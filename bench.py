@@ -91,7 +91,7 @@ for name, scheme in SCHEMES.items():
     CASES |= {name + end: dict(scheme=name, **scheme, **change) for end, change in ENDS.items()}
 CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits, stored=0) for bits in (4, 0)}      # midpoint_a has 1 bit
 
-MODES = dict(depth='standard,checkpointed,leapfrog,midpoint_a', frontier='standard,leapfrog',
+MODES = dict(depth='standard,checkpointed,leapfrog,midpoint_a', frontier='standard,checkpointed/sliced,checkpointed/bf16,leapfrog',
              batch='standard,checkpointed,checkpointed/sliced,checkpointed/bf16,midpoint,leapfrog,symplectic',
              length='standard,checkpointed,checkpointed/sliced,leapfrog', curve='standard,checkpointed,leapfrog',
              check='standard,checkpointed,leapfrog', resident='standard', throughput=','.join(
@@ -160,9 +160,10 @@ def build(name, weights=None, device=None, **change):
 def checkpoint_in_slices(model, dtype, x, cache=None):
     """GPT.integrate() with checkpointing in slices: x (B, T, C) -> (B, T, C)."""
     x = x.to(dtype)
-    for _, f, _ in model.steps():
+    for j, f, _ in model.steps():
         slices = x.tensor_split(model_py.n_slices(*x.shape[:2], knobs.slice_tokens))
-        x = x + torch.cat([checkpoint(f, s, use_reentrant=False) for s in slices])
+        stored = j >= model.config.n_layer - model.config.stored_layers
+        x = x + (f(x) if stored else torch.cat([checkpoint(f, s, use_reentrant=False) for s in slices]))
     return x
 
 def tokens(B, T, vocab_size=shape['vocab_size']):

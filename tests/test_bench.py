@@ -115,8 +115,10 @@ def test_length_frontier_and_curve(place):
     rows, _ = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01)
     assert rows[0]['length'] < rows[1]['length'] and rows[1]['length'] % 128 == 0
     rows, _ = bench(place, 'frontier', n_layer=1)
-    work = {(row['case'], row['stored layers']): row['work'] for row in rows}
-    assert work['standard', 1] == work['leapfrog', 1] == 1 < work['standard', 0] < work['leapfrog', 0]
+    work, memory = ({(row['case'], row['stored layers']): row[key] for row in rows} for key in ('work', 'MB per sequence'))
+    assert work['standard', 1] == work['checkpointed/sliced', 1] == work['checkpointed/bf16', 1] == work['leapfrog', 1] == 1
+    assert 1 < work['standard', 0] == work['checkpointed/sliced', 0] == work['checkpointed/bf16', 0] < work['leapfrog', 0]
+    assert memory['checkpointed/sliced', 1] == memory['standard', 1] > memory['checkpointed/bf16', 1] > memory['checkpointed/bf16', 0]
     rows, _ = bench(place, 'curve', cases='checkpointed,leapfrog', n_layer=1)
     assert all(max(row['highest']) == row['peak MB'] and 0 < row['forward'] < 1 and min(row['lowest']) >= 0 for row in rows)
 
