@@ -84,7 +84,7 @@ if __name__ == '__main__':
     from data.download import in_a_sentence                     # here: GPT.generate() needs only what is above
     from pretrained import build, conversation, ends_of_text, tokenizer, turn_weights
     knobs = configure(Knobs, sys.argv[1:])
-    sys.excepthook = in_a_sentence              # what it writes may go to a disk that is full
+    sys.excepthook = in_a_sentence              # its output may go to a full disk
     kind, dtype, reasons = machine(knobs.device, knobs.dtype)
     print(reasons)
     if not knobs.prompt:

@@ -6,7 +6,7 @@ What may break, broken on purpose, from a fixed seed:  python tests/faults.py  (
 
 Each row of the table says how often something was tried, how often the outcome was as it should be, and how often not. That means:
 a run that is killed and resumed ends in the weights of an uninterrupted one, bit for bit; damage is noticed, or has changed
-nothing that is read; a program that gives up says why in one sentence, and what it had written before is as it was. Linux.
+nothing that is read; a program that gives up says why in one sentence, and leaves its earlier files unchanged. Linux.
 """
 import json
 import math

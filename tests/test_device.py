@@ -1,5 +1,5 @@
 """
-What would fail on a device that is not the CPU, without one:  python -m pytest tests/test_device.py
+Code that would fail on a GPU is found without a GPU:  python -m pytest tests/test_device.py
 
 Fake tensors know their device and shape, and have no memory. Operations on tensors of two devices fail as they would on a
 GPU, so a tensor that was made on the CPU by mistake is found. Values, kernels and autocast are not tested here.

@@ -157,7 +157,7 @@ print(status('VmHWM') - before, sum(w.nbytes for w in model.parameters()), max(w
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak resident memory is read from Linux /proc')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_loading_takes_the_weights_and_one_tensor_besides(tmp_path, dtype):
+def test_loading_takes_the_memory_of_the_weights_and_of_one_more_tensor(tmp_path, dtype):
     small = llama_folder(tmp_path / 'small')
     large = {name: torch.zeros(*[16 * n for n in tensor.shape], dtype=dtype) for name, tensor in llama_tensors().items()}
     large = llama_folder(tmp_path / 'large', large, vocab_size=16 * 97, hidden_size=512, intermediate_size=640)

@@ -189,7 +189,7 @@ def test_bits_go_where_they_buy_most():
     assert retrofit.assign(table, 0) == [0, 0, 0, 0]
     assert retrofit.assign(table, 0.25) == [0, 1, 0, 0]
     assert retrofit.assign(table, 1) == [0, 2, 1, 1]
-    assert retrofit.assign(table, 8) == [0, 8, 8, 8]                    # what buys nothing is not bought
+    assert retrofit.assign(table, 8) == [0, 8, 8, 8]                    # bits without a gain are not bought
     for budget in (0.7, 1.5, 2.3):
         assert sum(retrofit.assign(table, budget)) <= 4 * budget
     table[1][1] = 2.0                                                   # one bit would do harm, two would not

@@ -71,7 +71,7 @@ def test_text_appears_as_it_is_sampled(place, whole, monkeypatch):      # noqa: 
     found = screens(place, monkeypatch, 'c€d'.encode())
     assert found == ['abc', 'abc€', 'abc€d', 'abc€d\n']                 # a character of three tokens is not shown in parts
     found = screens(place, monkeypatch, 'c€'.encode()[:-1])
-    assert found == ['abc', 'abc\ufffd\n']                              # but what is left of one is, at the end
+    assert found == ['abc', 'abc\ufffd\n']                              # but the rest of one is, at the end
 
 def test_a_sample_ends_with_its_text(place, whole, monkeypatch):        # noqa: F811
     assert screens(place, monkeypatch, b'cde', ends=[ord('d')])[-1] == 'abc\n'
