@@ -24,12 +24,23 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
                      'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
 # the palette of Okabe and Ito, which colour-blind people can tell apart
-COLORS = dict(standard='#000000', checkpointed='#999999', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
+COLORS = dict(standard='#000000', checkpointed='#808080', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
               midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9', bdia='#56B4E9')
 NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream', 'leapfrog': 'reversible'}
 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
+
+def label_ends(axes, ends):
+    """Names beside the ends of lines, name -> (x, y), moved apart until none covers another."""
+    names, gap = sorted(ends, key=lambda name: ends[name][1]), 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    heights = [ends[name][1] for name in names]
+    for _ in range(100):
+        for i in range(1, len(heights)):
+            short = max(0, gap - (heights[i] - heights[i - 1]))
+            heights[i - 1:i + 1] = heights[i - 1] - short / 2, heights[i] + short / 2
+    for name, height in zip(names, heights):
+        axes.annotate(name, (ends[name][0], height), xytext=(5, 0), textcoords='offset points', va='center', color=color(name))
 
 def depth(rows, axes):
     last = rows[0]['layers'][-1]
@@ -65,22 +76,25 @@ def batch(rows, axes):
     axes.set(xlabel='largest batch in 24 GB: sequences of 1024 tokens', xlim=(0, 1.15 * max(sizes)))
 
 def frontier(rows, axes):
-    for name, text, place, side in (('standard', 'standard, checkpointed', (-6, -14), 'right'), ('leapfrog', 'reversible', (4, 6), 'left')):
-        points = [(row['work'], row['MB per sequence']) for row in rows if row['case'] == name]
-        axes.plot(*zip(*points), marker='o', color=color(name))
-        axes.annotate(text, max(points), xytext=place, textcoords='offset points', ha=side, color=color(name))
-    axes.annotate('all layers stored', (1, points[-1][1]), xytext=(8, 4), textcoords='offset points')
-    axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(None, 1.3))
+    for case, line, text, end, place, side in (     # end: 0, all layers stored; -1, none
+            ('standard', '-', 'checkpointed', 0, (-8, 0), 'right'), ('checkpointed/sliced', '--', 'in slices', -1, (7, 0), 'left'),
+            ('checkpointed/bf16', ':', 'bf16 stream', -1, (-8, 0), 'right'), ('leapfrog', '-', 'reversible', 0, (-8, 0), 'right')):
+        points = sorted((row['work'], row['MB per sequence']) for row in rows if row['case'] == case)
+        its = color(case if case == 'leapfrog' else 'checkpointed')
+        axes.plot(*zip(*points), line, marker='o', color=its)
+        axes.annotate(text, points[end], xytext=place, textcoords='offset points', ha=side, va='center', color=its)
+    axes.annotate('all layers stored', (1, points[0][1]), xytext=(8, 4), textcoords='offset points')
+    axes.annotate('none', points[-1], xytext=(8, 0), textcoords='offset points', va='center')
+    axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(0.92, 1.27), xticks=(1, 1.1, 1.2))
 
 def throughput(rows, axes):
     rows = [row for row in rows if row['tokens/s'] and row['case'] in SHOWN]
-    names = [row['case'].replace('/', ', ') + ' stored' * ('/' in row['case']) + (f", {row['GB']:g} GB" if row['GB'] else '') for row in rows]
-    axes.barh(names, [row['tokens/s'] for row in rows],
-              color=[color(row['case']) for row in rows], xerr=[[row['tokens/s'] - row['lowest'] for row in rows],
-                                                                [row['highest'] - row['tokens/s'] for row in rows]])
+    for row in rows:
+        name = row['case'].replace('/', ', ') + ' stored' * ('/' in row['case']) + (f", {row['GB']:g} GB" if row['GB'] else '')
+        axes.plot([row['lowest'], row['highest']], [name] * 2, linewidth=2, color=color(row['case']))
+        axes.plot(row['tokens/s'], name, 'o', markersize=9, color=color(row['case']))
     axes.invert_yaxis()
-    axes.grid(False)
-    axes.set(xlabel='tokens/s: median, lowest and highest turn')
+    axes.set(xlabel='tokens/s: median, lowest and highest turn', xlim=0)
 
 SHOWN = ('standard', 'checkpointed', 'midpoint', 'leapfrog', 'leapfrog/half', 'leapfrog/all', 'symplectic', 'midpoint_a', 'midpoint_sum')
 
@@ -97,23 +111,17 @@ def drift(rows, axes):
     axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
 
 def stability(rows, axes):
-    for axis, row in zip(axes, [row for row in rows if 'z' in row]):
-        for direction, line in (('up', '-'), ('down', '--')):
-            if None not in row[direction]:
-                axis.plot(row['z'], row[direction], line, color=color(row['case']),
-                          label='forward' if direction == 'up' else 'backward')
-        axis.set(title=row['case'], xlabel={'leapfrog': 'h²λ', 'symplectic': 'λ₁λ₂'}.get(row['case'], 'hλ') + f", {row['z is']}",
-                 ylabel='growth per layer', ylim=(0, 4))
-        axis.legend(fontsize=7)
-    for axis, direction in zip(axes[6:], ('up', 'down')):
-        for row in rows:
-            if 'checkpoint' in row and row[direction]:
-                axis.plot([j / (len(row[direction]) - 1) for j in range(len(row[direction]))], row[direction],
-                          color=color(row['case']), label=f"{row['case']}, h = {row['h']}".replace(', h = None', ''))
-        axis.set(yscale='log', ylabel='a perturbation grows by', title='trained models, ' + (
-            'forward' if direction == 'up' else 'backward'), xlabel='from the embedding to the last state' if direction == 'up'
-                 else 'from the last states to the embedding')
-        axis.legend(fontsize=7)
+    """The growth of a perturbation through trained models."""
+    trained = [row for row in rows if 'checkpoint' in row]
+    layers = min(len(row['up']) for row in trained) - 1                 # symplectic has two steps per layer
+    for axis, direction, title, label in zip(axes, ('up', 'down'), ('forward', 'backward'), (
+            'layers, from the embedding up', 'layers, from the last states down')):
+        lines = {row['case']: row[direction] for row in trained if row[direction]}
+        for case, line in lines.items():
+            axis.plot([layers * j / (len(line) - 1) for j in range(len(line))], line, color=color(case))
+        axis.set(title=title, xlabel=label, xticks=range(0, layers + 1, 3), xlim=(0, 1.3 * layers), ylim=0)
+        label_ends(axis, {case: (layers, line[-1]) for case, line in lines.items()})
+    axes[0].set_ylabel('a perturbation grows by a factor of')
 
 def loss(paths, axes):
     """The comparison: each scheme at its best learning rate and h, seeds 2 to 4."""
@@ -123,12 +131,17 @@ def loss(paths, axes):
         with open(path, newline='') as file:
             curve = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']][1:]
         runs[scheme].append(curve)
+    ends = {}
     for name in sorted(runs, key=lambda name: statistics.mean(run[-1][1] for run in runs[name])):
         last = [run[-1][1] for run in runs[name]]
         axes[0].plot(*zip(*[(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*runs[name])]), color=COLORS[name])
+        ends[name] = runs[name][0][-1][0], statistics.mean(last)
         axes[1].plot(last, [name] * len(last), 'o', alpha=0.6, color=COLORS[name])
         axes[1].plot(statistics.mean(last), name, '|', markersize=22, markeredgewidth=2.5, color=COLORS[name])
-    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds')
+    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds', xlim=(250, 1850),
+                xticks=range(300, 1501, 300), ylim=(1.45, None))
+    label_ends(axes[0], ends)
+    axes[1].margins(y=0.1)
     axes[1].invert_yaxis()
     axes[1].set(xlabel='at the end: each run, and the mean', title='12 layers, 3.0M tokens')
     for label in axes[1].get_yticklabels():
@@ -180,7 +193,7 @@ def states(_, axes):
 FIGURES = {         # name: (file in results/, lines, columns, width, height)
     'curve': ('curve_gpt2_counted', 1, 2, 10, 4), 'depth': ('depth_gpt2_counted', 1, 1, 8, 4), 'batch': ('batch_gpt2_counted', 1, 1, 8, 3.5),
     'frontier': ('frontier_gpt2_counted', 1, 1, 7, 4), 'throughput': ('throughput_cpu', 1, 1, 8, 4), 'drift': ('drift_cpu', 1, 1, 7, 4),
-    'stability': ('stability', 2, 4, 14, 7)}
+    'stability': ('stability', 1, 2, 10, 4)}
 
 def draw(name, found, lines=1, columns=1, width=7, height=4):
     figure, axes = plt.subplots(lines, columns, figsize=(width, height))
