@@ -8,8 +8,8 @@ embedding:
     p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
     p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() below
 
-The second line is the first one solved for p_prev. So only the last two states are kept. The backward pass walks down
-the steps, evaluates f(p) once per step, and uses it twice: to rebuild p_prev, and for the gradients. Rounding would make
+The second line is the first, solved for p_prev. So the forward pass keeps only the last two states. The backward pass walks
+down the steps, evaluates f(p) once per step, and uses it twice: to rebuild p_prev, and for the gradients. Rounding would make
 rebuilt states drift from the true ones. So states are fixed-point numbers in int64: adding integers can be undone exactly.
 
 The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for Efficient
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_config
 
 # -----------------------------------------------------------------------------
-# the schemes: a layer's (a, h) -> (a, b, c) of the recurrence, with a + b = 1. h is the step size; only midpoint_a uses that a
+# the schemes: (a, h) of a layer -> (a, b, c) of the recurrence, with a + b = 1. h is the step size. Only midpoint_a has an a to choose
 
 SCHEMES = {
     'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
@@ -35,15 +35,15 @@ SCHEMES = {
     'midpoint_a': lambda a, h: (a, 1 - a, h),      # paper eq. 3.6
     'leapfrog':   lambda a, h: (-1, 2, h * h),     # paper eq. 2.6: the wave equation, p'' = f(p)
     'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8, 2.9: two steps per layer, f is attention, then MLP
-    'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, for trained nets: f is the sum of two blocks
+    'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, for trained nets: f is the previous block plus this one
 }
-DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # at 12 layers; weak evidence: see RESULTS.md
+DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # at 12 layers; the evidence for them is weak: see RESULTS.md
 
 class Coefficients(NamedTuple):
     """
     The coefficients of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0
-    except in midpoint_a, where a may be a fraction. Dividing by 2^bits cuts off that many bits per element. rebuild() needs
-    them, so ctx.saved keeps them. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
+    except in midpoint_a, where a may be a fraction. Dividing n * p_prev + m * p by 2^bits cuts off that many bits per element.
+    rebuild() needs these bits, so ctx.saved keeps them. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
     """
     n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
     m: int
@@ -59,7 +59,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True                       # in linear layers and layer norms, as GPT-2 has them
+    bias: bool = True                       # biases in linear layers and layer norms, as in GPT-2
     norm: str = 'layernorm'                 # GPT-2's; Llama's is 'rmsnorm'
     norm_eps: float = 1e-5
     mlp: str = 'gelu'                       # GPT-2's; Llama's is 'swiglu'
@@ -70,10 +70,10 @@ class GPTConfig:
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
     a: float | list | str | None = None     # midpoint_a: a number, or one per layer; None or 'random': drawn as in the paper; or 'bdia'
-    stored_layers: int | None = None        # how many of the last layers store their activations; None: 0, but all in 'standard'
+    stored_layers: int | None = None        # how many of the last layers store their activations; None: all in 'standard', else 0
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after backward, check that the two rebuilt first states are equal (not if layers are frozen)
-    slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: its graph takes most memory
+    verify: bool = True                     # after backward, check that the two rebuilt first states are equal (not if layer 0 is frozen)
+    slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: the graph of f takes the most memory
 
     def __post_init__(self):
         self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
@@ -81,16 +81,16 @@ class GPTConfig:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
         self.h = DEFAULT_H.get(self.scheme) if self.h is None and self.a != 'bdia' else self.h
         self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
-        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if no model can have these settings
+        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if the settings are invalid
         if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
             sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
             a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
-            self.a = (a * 4).round().div(4).tolist()            # in quarters: 0 to 2 bits per element
+            self.a = (a * 4).round().div(4).tolist()            # the paper does not round to quarters: 0 to 2 bits per element
 
     def coefficients(self):
         """
         The Coefficients of every layer. In BDIA (arXiv 2407.09093) a is 1/2 or -1/2 at random, and h = 1 + a. Here every call
-        draws one a per layer, so the sequences of a micro-batch share it; in its paper every sequence has its own.
+        draws one a per layer, so the sequences of a micro-batch share it; in the BDIA paper every sequence has its own.
         """
         result, a, h = [], self.a, self.h
         if a == 'bdia':
@@ -98,9 +98,9 @@ class GPTConfig:
             h = [1 + x for x in a]
         for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (a, h))):
             a, b, c = SCHEMES[self.scheme](a, h)
-            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # denominator: a power of two; n is odd, or 0
+            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # denominator: a power of two; n: odd, or 0
             m = int(b * denominator) if self.exact else b
-            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard, a = 0, has none
+            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard cannot be undone
             result.append(Coefficients(n, m, c, denominator.bit_length() - 1, inverse))
         return result
 
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
-        # without earlier tokens in a cache attention is causal; with them there is a single new token, and it sees all
+        # if a cache holds earlier tokens, there is a single new one, and it sees all of them; otherwise attention is causal
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=first == 0)
         y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, nh, T, hs) -> (B, T, C): heads side by side again
         return F.dropout(y, self.dropout, self.training)
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         self.config = config
         self.coefficients = config.coefficients()
         self.recurrence, self.chunk_loss = (advance, rebuild), chunk_loss       # runtime.py's compile_parts() replaces them
-        self.mismatches = 0                                     # wrong elements that verify() has counted; agree() of runtime.py resets it
+        self.mismatches = 0                                     # wrong elements, counted by verify(), read by agree() of runtime.py
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
@@ -209,7 +209,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, *criterion, cache=None):
         """
-        idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is not counted:
+        idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is ignored:
         (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
         """
         x = self.last_state(idx, cache)                                                     # (B, T, C)
@@ -218,7 +218,7 @@ class GPT(nn.Module):
         return None, self.loss(x, targets, *criterion)
 
     def hidden(self, idx):
-        """idx (B, T) tokens -> (B, T, C) after the final norm; lm_head makes logits of them."""
+        """idx (B, T) tokens -> (B, T, C) after the final norm; lm_head turns them into logits."""
         return self.transformer.ln_f(self.last_state(idx))
 
     def last_state(self, idx, cache=None):
@@ -236,8 +236,8 @@ class GPT(nn.Module):
         """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
         config, with_grad = self.config, torch.is_grad_enabled()
         first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # BDIA's trained net is standard
-            for j, f, _ in self.steps():                        # checkpoint(): drop the graph of f, and build it again in backward
+        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # evaluated, BDIA has E[a] = 0, h = 1
+            for j, f, _ in self.steps():                        # checkpoint() drops the graph of f, and builds it again in backward
                 x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
             return x
 
@@ -260,7 +260,7 @@ class GPT(nn.Module):
                 yield j, block.attention, (block.ln_1, block.attn)
                 yield j, block.feedforward, (block.ln_2, block.mlp)
             elif self.config.scheme == 'midpoint_sum' and before:
-                # f(p) = p_next - p_prev is the sum of two blocks
+                # f(p) = p_next - p_prev is the sum of two blocks. The defaults hold this step's blocks: the loop goes on
                 yield j, lambda x, cache=None, f=before, g=block: f(x, cache) + g(x, cache), (before, block)
             else:
                 yield j, block, (block,)
@@ -278,7 +278,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
-        """A model of the Hugging Face hub, a folder of save_pretrained(), or a checkpoint, ours or nanoGPT's: see pretrained.py."""
+        """A model from the Hugging Face hub, a folder of save_pretrained(), or a checkpoint (ours or nanoGPT's): see pretrained.py."""
         from pretrained import build
         return build(name_or_folder, **overrides)[0]
 
@@ -302,8 +302,8 @@ class ReversibleStep(torch.autograd.Function):
         g_prev  = a * g_next
         g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
 
-    (+=: g already holds the g_prev of the step above, whose p_prev is p). The weights are arguments so that autograd gets their
-    gradients step by step, even if the embedding is frozen: DistributedDataParallel sends some while others are computed.
+    It is += because p was the p_prev of the step above, which has left its g_prev in g. The weights are arguments so that autograd
+    gets their gradients step by step, even if the embedding is frozen: DistributedDataParallel sends some while others are computed.
     """
 
     @staticmethod
@@ -330,7 +330,7 @@ class ReversibleStep(torch.autograd.Function):
         if tape.depth != ctx.depth + 1:
             raise RuntimeError('an earlier backward pass has used up these states: run forward again')
         a, b, g_weights = n / 2**bits, m / 2**bits, None
-        if tape.g_lower is None:                # in the last step nothing has been added to the gradient of p yet
+        if tape.g_lower is None:                # the top step comes first: nothing has been added to the gradient of its p yet
             tape.g_lower = torch.zeros_like(tape.g_upper)
         with torch.random.fork_rng([zero.device] * (tape.kind != 'cpu'), enabled=tape.dropout, device_type=tape.kind):
             if tape.dropout:                    # draw the same masks again; fork_rng() then restores the generator
@@ -348,7 +348,7 @@ class ReversibleStep(torch.autograd.Function):
         tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
         ctx.saved = None                        # the loss may outlive this pass, and would keep these alive
         g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # the last step to undo: all below is frozen, or x = p_{-1} = p_0
+        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # the bottom step: all below is frozen, or x was both states, p_{-1} and p_0
             g_handle = tape.g_upper.add_(tape.g_lower)
             if ctx.depth == 0: tape.verify()
             tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason as ctx.saved
@@ -378,19 +378,19 @@ def build_graph(ctx, p):
         return x, ctx.f(x, ctx.tape.cache)
 
 def n_slices(B, T, slice_tokens):
-    """How many slices to make: equal ones, if that takes fewer than twice the least number, since torch.compile makes a graph per size."""
+    """The number of slices: equal ones if fewer than twice the least number will do, since torch.compile compiles once per size."""
     least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
 class Tape:
     """
-    The two states, and their gradients. The forward pass moves the pair up the stack, the backward pass down again. f treats
-    each sequence on its own, so a step goes slice by slice. A graph of f that is not stored exists for one slice at a time.
+    The two states, and their gradients. The forward pass moves the pair up through the layers, the backward pass down again. f
+    treats each sequence on its own, so a step goes slice by slice. Unless it is stored, a graph of f exists for one slice at a time.
     """
     def __init__(self, model, x, cache):
         self.model, self.cache = model, cache
         self.lower = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
-        self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper leaves p_{-1} open: it is p_0 here
+        self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper does not define p_{-1}: it is p_0 here
         self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
         (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
         self.kind = x.device.type
@@ -402,7 +402,7 @@ class Tape:
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
     def autocast(self, weights):
-        """Autocast's settings now, for backward, which runs outside it. Its weight cache is off in training: it would keep all cast weights."""
+        """Autocast's settings, for backward, which runs outside it. In training its cache is off: it would keep all cast weights alive."""
         return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not weights,
                     enabled=torch.is_autocast_enabled(self.kind))
 
@@ -412,7 +412,7 @@ class Tape:
             self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
 
     def verify(self):
-        """With the first step undone, both states must be p_0. Steps are one-to-one, so a wrong bit in a state cannot vanish."""
+        """Both states began as p_0, so with the first step undone they must be equal. Steps are one-to-one: a wrong bit cannot vanish."""
         if self.model.config.verify and self.lower.dtype == torch.int64:
             self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
 
@@ -420,34 +420,34 @@ class Tape:
         """The last state as floats (B, T, C): NaN if an f(p) was inf or NaN, or if an element may have left the range of integers."""
         last = to_float(self.upper, self.dtype)
         if self.upper.dtype == torch.int64:
-            last.add_(torch.where(self.bound() < 2**31, 0.0, math.nan))
+            last.add_(torch.where(self.bound() < 2**31, 0.0, math.nan))         # an if would wait for the GPU
         self.norms.clear()
         return last
 
     def bound(self):
         """
-        No element of a state is larger than this in absolute value, nor one of n * p_prev + m * p. As a + b = 1, the difference
-        d = p - p_prev becomes d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far. So one f(p) adds at most
-        |c| * s * its norm to any state, with s = 1 + |a of the next step| * (s of the next step), and s = 1 in the last step.
+        No element of a state, or of n * p_prev + m * p, is larger than this in absolute value. The norm of f(p) bounds its elements.
+        As a + b = 1, the difference d = p - p_prev becomes d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far.
+        So one f(p) adds at most |c| * gain * its norm to any state: gain is 1 in the last step, else 1 + |a| * gain of the step above.
         """
         (_, bound), *norms = self.norms         # norms has one entry per slice and step
-        s, a_above, widest = 1.0, 0.0, 1
+        gain, a_above, widest = 1.0, 0.0, 1
         for i in reversed(range(0, len(norms), self.n_slices)):                 # the first slice of every step
             n, m, c, bits, _ = norms[i][0]
-            s, a_above, widest = 1 + a_above * s, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
-            bound = bound + abs(c) * s * torch.stack([norm for _, norm in norms[i:i + self.n_slices]]).max()
+            gain, a_above, widest = 1 + a_above * gain, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
+            bound = bound + abs(c) * gain * torch.stack([norm for _, norm in norms[i:i + self.n_slices]]).max()
         return widest * bound
 
 # -----------------------------------------------------------------------------
 # the states: int64 with 32 fractional bits, because floats cannot undo an addition and integers can.
-# The functions take float states (exact=False) as well; the rebuilt ones then drift, as the paper's do.
+# The functions take float states (exact=False) as well; rebuilt states then drift, as in the paper.
 
 ONE = 2**32         # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
 def advance(p_prev, p, fx, coefficients):
     """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (S, T, C)."""
     n, m, c, bits, _ = coefficients
-    s = p_prev                                              # each line is one pass over memory: the ifs skip * 1 and + 0
+    s = p_prev                                              # each line is one pass over memory: the ifs skip multiplying by 1 and adding 0
     if n == -1: s.neg_()                                    # n * p_prev; on integers neg_ is four times as fast as mul_
     elif n != 1: s.mul_(n)
     if m != 0: s.add_(p, alpha=m)                           # + m * p
@@ -485,7 +485,7 @@ def pack(s, bits):
     slot = 1 << (bits - 1).bit_length()
     low = (s & (2**bits - 1)).to(torch.uint8).flatten()
     low = F.pad(low, (0, -low.numel() % (8 // slot))).view(-1, 8 // slot)
-    return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=s.device)).sum(1, dtype=torch.uint8)
+    return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=s.device)).sum(1, dtype=torch.uint8)      # slots do not overlap
 
 def unpack(packed, bits, shape):
     """What pack() packed, as int64 of this shape."""
@@ -498,8 +498,8 @@ def unpack(packed, bits, shape):
 
 def head(weight):
     """
-    The weight (V, C) of the logits, detached. Under autocast it is in autocast's dtype and minus its mean row: that shifts all
-    logits of a token by the same number, so loss and gradients stay. Logits near -100 would have steps of 0.5 in bfloat16.
+    The weight (V, C) of the logits, detached. Under autocast its mean row is subtracted, and it has autocast's dtype. That shifts all
+    logits of a token by the same number, so loss and gradients do not change. Logits near -100, as in GPT-2, have steps of 0.5 in bfloat16.
     """
     kind, weight = weight.device.type, weight.detach()
     if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone
@@ -515,7 +515,7 @@ def chunk_loss(norm, criterion, x, weight, *rows):              # x (n, C), weig
 class ChunkedLoss(torch.autograd.Function):
     """
     The sum of f(x, weight, *rows) over chunks of x (N, C) and rows (N, ...), divided by count. The gradients of a chunk are
-    computed while its logits exist: no logits outlive their chunk or are computed twice. Sums are in float32 or wider.
+    computed while its logits exist: logits never outlive their chunk, and are never computed twice. Sums are in float32 or wider.
     """
 
     @staticmethod
