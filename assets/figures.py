@@ -57,11 +57,11 @@ def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
         for row, height in zip([row for row in rows if row['layers'] == n], (0.9, 0.75, 0.6)):
             places = [i / len(row['highest']) for i in range(len(row['highest']))]
-            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), alpha=0.85, linewidth=0)
-            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: {row['peak MB'] / 1e3:.1f} GB", ha='right', color=color(row['case']),
+            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), linewidth=0)
+            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: peak {row['peak MB'] / 1e3:.1f} GB", ha='right', color=color(row['case']),
                       weight='bold', transform=axis.transAxes)
-        axis.set(title=f'{n} layers', xlabel='one step: forward, then backward', xticks=[], ylim=0)
-    axes[0].set_ylabel('GB above weights and optimizer state')
+        axis.set(title=f'{n} layers', xlabel='forward, then backward, in the order of allocations', xticks=[], xlim=(0, 1.15), ylim=0)
+    axes[0].set_ylabel('GB, without weights and optimizer state')
 
 def batch(rows, axes):
     rows = [row for row in rows if row['GB'] == 24]
