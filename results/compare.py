@@ -1,7 +1,7 @@
 """
 Schemes compared: each with the learning rate and the step size h that do best for it on one seed, then on three other seeds.
 
-    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # eight hours on one core; finished runs are kept
+    python data/python/prepare.py && OMP_NUM_THREADS=1 python results/compare.py        # ten hours on one core; finished runs are kept
     OMP_NUM_THREADS=1 python results/compare.py --from=middle                           # a second process, for a second core
     python results/compare.py --table                                                   # of the finished runs
 
