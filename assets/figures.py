@@ -31,6 +31,10 @@ NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
 
+def ink(case):
+    """The same colour for words, a quarter darker: lines can be paler than letters."""
+    return [0.75 * part for part in matplotlib.colors.to_rgb(color(case))]
+
 def label_ends(axes, ends):
     """Names beside the ends of lines, name -> (x, y), moved apart until none covers another."""
     names, gap = sorted(ends, key=lambda name: ends[name][1]), 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
@@ -40,7 +44,7 @@ def label_ends(axes, ends):
             short = max(0, gap - (heights[i] - heights[i - 1]))
             heights[i - 1:i + 1] = heights[i - 1] - short / 2, heights[i] + short / 2
     for name, height in zip(names, heights):
-        axes.annotate(name, (ends[name][0], height), xytext=(5, 0), textcoords='offset points', va='center', color=color(name))
+        axes.annotate(name, (ends[name][0], height), xytext=(5, 0), textcoords='offset points', va='center', color=ink(name))
 
 def depth(rows, axes):
     last = rows[0]['layers'][-1]
@@ -50,7 +54,7 @@ def depth(rows, axes):
         axes.plot(row['layers'], peaks, line, color=color(row['case']), linewidth=2)
         end = (last, peaks[-1]) if peaks[-1] <= top else (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top)
         axes.annotate(NAMES.get(row['case'], row['case']), end, xytext=(5, 0), textcoords='offset points', va='center',
-                      color=color(row['case']), annotation_clip=False)
+                      color=ink(row['case']), annotation_clip=False)
     axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), xticks=range(0, last + 1, 6), ylim=(0, top))
 
 def curve(rows, axes):
@@ -58,7 +62,7 @@ def curve(rows, axes):
         for row, height in zip([row for row in rows if row['layers'] == n], (0.9, 0.75, 0.6)):
             places = [i / len(row['highest']) for i in range(len(row['highest']))]
             axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), linewidth=0)
-            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: peak {row['peak MB'] / 1e3:.1f} GB", ha='right', color=color(row['case']),
+            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: peak {row['peak MB'] / 1e3:.1f} GB", ha='right', color=ink(row['case']),
                       weight='bold', transform=axis.transAxes)
         axis.set(title=f'{n} layers', xlabel='forward, then backward, in the order of allocations', xticks=[], xlim=(0, 1.15), ylim=0)
     axes[0].set_ylabel('GB, without weights and optimizer state')
@@ -80,9 +84,9 @@ def frontier(rows, axes):
             ('standard', '-', 'checkpointed', 0, (-8, 0), 'right'), ('checkpointed/sliced', '--', 'in slices', -1, (7, 0), 'left'),
             ('checkpointed/bf16', ':', 'bf16 stream', -1, (-8, 0), 'right'), ('leapfrog', '-', 'reversible', 0, (-8, 0), 'right')):
         points = sorted((row['work'], row['MB per sequence']) for row in rows if row['case'] == case)
-        its = color(case if case == 'leapfrog' else 'checkpointed')
-        axes.plot(*zip(*points), line, marker='o', color=its)
-        axes.annotate(text, points[end], xytext=place, textcoords='offset points', ha=side, va='center', color=its)
+        its = case if case == 'leapfrog' else 'checkpointed'
+        axes.plot(*zip(*points), line, marker='o', color=color(its))
+        axes.annotate(text, points[end], xytext=place, textcoords='offset points', ha=side, va='center', color=ink(its))
     axes.annotate('all layers stored', (1, points[0][1]), xytext=(8, 4), textcoords='offset points')
     axes.annotate('none', points[-1], xytext=(8, 0), textcoords='offset points', va='center')
     axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(0.92, 1.27), xticks=(1, 1.1, 1.2))
@@ -105,10 +109,11 @@ def drift(rows, axes):
             axes.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
                       linestyle='-' if row['weights'] == 'trained' else '--')
     for y, scheme in zip((0.95, 0.88, 0.81), ('leapfrog', 'midpoint', 'symplectic')):
-        axes.text(0.98, y, scheme, ha='right', va='top', transform=axes.transAxes, color=COLORS[scheme])
+        axes.text(0.98, y, scheme, ha='right', va='top', transform=axes.transAxes, color=ink(scheme))
     axes.text(0.17, 0.25, 'weights x8')
     axes.text(0.02, 1e-3, 'trained weights')
-    axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3))
+    axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3),
+             title='float states, bfloat16')
 
 def stability(rows, axes):
     """The growth of a perturbation through trained models."""
@@ -145,7 +150,7 @@ def loss(paths, axes):
     axes[1].invert_yaxis()
     axes[1].set(xlabel='at the end: each run, and the mean', title='12 layers, 3.0M tokens')
     for label in axes[1].get_yticklabels():
-        label.set_color(COLORS[label.get_text()])
+        label.set_color(ink(label.get_text()))
 
 def bits(folder, axes):
     """SmolLM2's loss above its teacher's, the mean of two texts: untuned from retrofit.py's tables, tuned from evaluate.py's report."""
@@ -154,7 +159,7 @@ def bits(folder, axes):
         with open(path) as file:
             content = file.read()
         teacher = float(re.search(r'^teacher, not reversible +all +(\S+)$', content, re.M)[1])
-        # 8 bits are as good as all, and nothing has no place on this axis
+        # 8 bits are as good as all, and 0 cannot be drawn on a log axis
         for title, k, loss in re.findall(r'^midpoint\(a\), (\S+ = -?|bits where they matter)\S* +(\S+) +(\S+)', content, re.M):
             if float(k) < 8:
                 lines[title][float(k)].append(float(loss) - teacher)
@@ -170,24 +175,23 @@ def bits(folder, axes):
             ('tuned', 'the same, tuned', (58, 0), 'leapfrog')):
         points = sorted((k, statistics.mean(losses)) for k, losses in lines[title].items())
         axes.plot(*zip(*points), marker='o', color=COLORS[scheme])
-        axes.annotate(text, points[-1], xytext=place, textcoords='offset points', ha='center', va='center', color=COLORS[scheme])
+        axes.annotate(text, points[-1], xytext=place, textcoords='offset points', ha='center', va='center', color=ink(scheme))
     axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log', xlim=(-0.2, 4.4))
 
 def states(_, axes):
     """The walk of two states: up, each step from the last two; down, the same by the line solved for p_prev."""
-    for k in range(6):
-        for y, direction in ((1, 1), (0, -1)):
-            alive = k >= 4 if direction > 0 else k <= 1
-            axes.text(k, y, f'$p_{k}$', ha='center', va='center', size=14, color='white' if alive else 'black', bbox=dict(
-                boxstyle='circle', facecolor=COLORS['leapfrog'] if alive else 'white', edgecolor=COLORS['leapfrog'], linewidth=2))
-        if k < 5:
-            for y, (start, end) in ((1, (k, k + 1)), (0, (k + 1, k))):
-                axes.annotate('', (end + 0.2 * (start - end), y), (start + 0.2 * (end - start), y), arrowprops=dict(arrowstyle='->', linewidth=1.5))
-                axes.text(k + 0.5, y + 0.13, f'$f_{k + 1}$', ha='center', size=11)
-    axes.text(-0.25, 0.5, '$p_{-1} = p_0$: the embedding', va='center')
+    for y, kept, direction in ((1, (4, 5), 1), (0, (-1, 0), -1)):
+        for k in range(-1, 6):
+            axes.text(k, y, f'$p_{{{k}}}$', ha='center', va='center', size=14 if k >= 0 else 10, color='white' if k in kept else 'black', bbox=dict(
+                boxstyle='circle', facecolor=COLORS['leapfrog'] if k in kept else 'white', edgecolor=COLORS['leapfrog'], linewidth=2))
+        for k in range(5):                      # f_{k+1} is evaluated at p_k; the other state goes around it
+            axes.annotate('', (k + 0.8 * direction, y), (k + 0.2 * direction, y), arrowprops=dict(arrowstyle='->', linewidth=1.5))
+            axes.text(k + 0.5 * direction, y - 0.2 * direction, f'$f_{k + 1}$', ha='center', va='center', size=11)
+            axes.annotate('', (k + direction, y + 0.17 * direction), (k - direction, y + 0.17 * direction), arrowprops=dict(
+                arrowstyle='->', color='#808080', connectionstyle='arc3,rad=-0.25'))
     axes.text(5.5, 1, 'forward: only the last\ntwo states are kept', va='center')
-    axes.text(5.5, 0, 'backward: each state is\nrebuilt from the two above it,\nand its gradient is taken', va='center')
-    axes.set(xlim=(-0.6, 8), ylim=(-0.5, 1.5))
+    axes.text(5.5, 0, 'backward: each state is rebuilt\nfrom the two to its right, down\nto the embedding, $p_{-1} = p_0$', va='center')
+    axes.set(xlim=(-1.5, 8.2), ylim=(-0.6, 1.6))
     axes.axis('off')
 
 FIGURES = {         # name: (file in results/, lines, columns, width, height)
