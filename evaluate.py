@@ -164,7 +164,7 @@ def log_likelihoods(model, pairs, batch_size, autocast, bar=None):
     return result
 
 def accuracy(task, model, encode, batch_size, autocast):
-    """What the table says of a task and a model. Each process takes its share of the texts."""
+    """A task's row of the table, for one model. Each process takes its share of the texts."""
     asked = questions(task)
     pairs = [tokens_of_pair(encode, *pair) for pairs, _, _ in asked for pair in pairs]
     cut = sum(len(context) + len(continuation) > model.config.block_size + 1 for context, continuation in pairs)

@@ -131,7 +131,7 @@ def read_safetensors(path):
                     raise ValueError
                 tensors[name] = shape, partial(read, 8 + length + start, end - start, dtype, shape)
         except (ValueError, AttributeError, TypeError, KeyError, RuntimeError, RecursionError):
-            raise ValueError(f'{path} is cut off, or no safetensors file: delete it and fetch it again') from None
+            raise ValueError(f'{path} is cut off, or not a safetensors file: delete it and fetch it again') from None
     return tensors
 
 def read_weights(name):
@@ -253,7 +253,7 @@ def config_of(theirs, where):
     except KeyError as error:
         raise ValueError(f'{where} lacks {error}') from None
     except (TypeError, AttributeError, ZeroDivisionError):
-        raise ValueError(f'{where}: a size is no number, or 0') from None
+        raise ValueError(f'{where}: a size is 0, or not a number') from None
     raise ValueError(f'{where}: the architecture {family!r} is not supported, only gpt2 and llama')
 
 def load(name):
@@ -367,7 +367,7 @@ def export(source, target):
         save_checkpoint([target], dict(model=build(source)[0].state_dict(), model_args=args, iter_num=0, best_val_loss=math.inf, config={}))
         return f'{target} is written'
     if not gpt2 and not llama:
-        raise ValueError(f'{source} is neither a GPT-2 nor a Llama, but something between them: transformers has no such model')
+        raise ValueError(f'{source} mixes features of GPT-2 and Llama: transformers has no such model')
     encoding = meta['encoding']
     own, ends, said = encoding == 'tokenizer.json', {}, f', without a tokenizer: transformers has none for {encoding}'
     files = {}

@@ -49,7 +49,7 @@ def download(url, path, size=None, sha256=None, token=None):
 
 @contextmanager
 def alone_in(folder):
-    """one process at a time, as those of torchrun start together; where there are no such locks, all at once"""
+    """one process at a time, as those of torchrun start together; without such locks, all at once"""
     if fcntl is None:
         yield
         return

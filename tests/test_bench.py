@@ -73,7 +73,7 @@ def test_the_counter_sees_a_state_that_is_kept(monkeypatch):
     assert flat < 0.2 * 8 * 64 * 32 * 32 and slope() > 0.9 * 8 * 64 * 32 * 32
 
 def test_attention_and_matrix_products_are_counted():
-    """By hand: 2 operations a multiplication, backward twice forward; attention's backward has 5 products to forward's 2."""
+    """By hand: 2 operations per multiplication, backward twice forward; attention's backward has 5 products to forward's 2."""
     B, T, C, V, L = 3, 32, 32, 64, 2
     products, attention = 2 * B * T * (12 * C * C * L + V * C), 4 * B * T * T * C * L
     for scheme, blocks in (('standard', 3), ('leapfrog', 4)):

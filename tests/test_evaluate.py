@@ -1,7 +1,7 @@
 """
 What must be true of evaluate.py:  python -m pytest tests/test_evaluate.py
 
-Twenty questions a task, made here in the publishers' formats and served from this machine. The comparison with
+Twenty questions per task, made here in the publishers' formats and served from this machine. The comparison with
 lm-evaluation-harness itself is skipped where lm_eval, transformers and tokenizers are not installed.
 """
 import io

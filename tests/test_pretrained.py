@@ -213,9 +213,9 @@ BAD = {
                                 'model.layers.0.self_attn.v_proj.weight': torch.zeros(12, 32)}, 'k_proj.weight has shape (20'),
     'rope scaling, of an older name': (dict(rope_parameters=dict(type='linear', factor=2)), {}, "scaling of type 'linear'"),
     'a size in quotes': (dict(num_hidden_layers='2'), {}, "n_layer = '2' must be a whole number"),
-    'rope parameters in a list': (dict(rope_parameters=[1]), {}, 'a size is no number'),
+    'rope parameters in a list': (dict(rope_parameters=[1]), {}, 'a size is 0, or not a number'),
     'a rope that turns nothing': (dict(rope_theta=0), {}, 'a rope_theta above 0, not 0.0'),
-    'no heads': (dict(num_attention_heads=0), {}, 'a size is no number, or 0'),
+    'no heads': (dict(num_attention_heads=0), {}, 'a size is 0, or not a number'),
     'a config that lacks': (dict(hidden_size=None), {}, "lacks 'hidden_size'"),
 }
 
@@ -237,7 +237,7 @@ def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
     content = path.read_bytes()
     for damaged in (content[:-1], content[:100], content[:5], b'', content + b'0', b'x' * 500):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match='model.safetensors is cut off, or no safetensors file'):
+        with pytest.raises(ValueError, match='model.safetensors is cut off, or not a safetensors file'):
             GPT.from_pretrained(folder)
     path.unlink()
     with pytest.raises(ValueError, match='has no model.safetensors'):
@@ -392,7 +392,7 @@ def test_nanogpt_reads_what_is_written(tmp_path):
 @pytest.mark.parametrize('config, target, words', [
     (dict(scheme='leapfrog'), 'folder', 'is of scheme leapfrog, which no other program computes'),
     (dict(scheme='midpoint_a', a=-0.5), 'ckpt.pt', 'is of scheme midpoint_a'),
-    (dict(GPT2_LIKE, norm='rmsnorm'), 'folder', 'something between them'), (dict(LLAMA_LIKE, bias=True), 'folder', 'something between them'),
+    (dict(GPT2_LIKE, norm='rmsnorm'), 'folder', 'mixes features of GPT-2 and Llama'), (dict(LLAMA_LIKE, bias=True), 'folder', 'mixes features of GPT-2 and Llama'),
     (LLAMA_LIKE, 'ckpt.pt', "is not of nanoGPT's architecture"), (dict(GPT2_LIKE, tied=False), 'ckpt.pt', "is not of nanoGPT's")], ids=str)
 def test_what_nobody_reads_is_not_written(tmp_path, config, target, words):
     path, _ = written(tmp_path, config)

@@ -84,7 +84,7 @@ def train(place, out_dir, **flags):
     return rows(place, out_dir)
 
 def rows(place, out_dir):
-    """Of each step what does not depend on the clock."""
+    """The columns of the log that do not depend on the clock, per step."""
     with open(place / out_dir / 'log.csv', newline='') as file:
         return [tuple(row[name] for name in ('step', 'loss', 'lr', 'grad_norm', 'val_loss')) for row in csv.DictReader(file)]
 
