@@ -158,12 +158,10 @@ def build(name, weights=None, device=None, **change):
     return model
 
 def checkpoint_in_slices(model, dtype, x, cache=None):
-    """GPT.integrate() with checkpointing in slices: x (B, T, C) -> (B, T, C)."""
-    x = x.to(dtype)
+    """GPT.integrate() of standard, with checkpointing in slices: x (B, T, C) -> (B, T, C)."""
+    x, first_stored, n = x.to(dtype), model.config.n_layer - model.config.stored_layers, model_py.n_slices(*x.shape[:2], knobs.slice_tokens)
     for j, f, _ in model.steps():
-        slices = x.tensor_split(model_py.n_slices(*x.shape[:2], knobs.slice_tokens))
-        stored = j >= model.config.n_layer - model.config.stored_layers
-        x = x + (f(x) if stored else torch.cat([checkpoint(f, s, use_reentrant=False) for s in slices]))
+        x = x + (f(x) if j >= first_stored else torch.cat([checkpoint(f, s, use_reentrant=False) for s in x.tensor_split(n)]))
     return x
 
 def tokens(B, T, vocab_size=shape['vocab_size']):

@@ -72,7 +72,7 @@ class GPTConfig:
     a: float | list | str | None = None     # midpoint_a: a number, or one per layer; None or 'random': drawn as in the paper; or 'bdia'
     stored_layers: int | None = None        # how many of the last layers store their activations; None: all in 'standard', else 0
     exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after backward, check that the two rebuilt first states are equal (not if layer 0 is frozen)
+    verify: bool = True                     # after backward, compare the two rebuilt first states (not if embedding and layer 0 are frozen)
     slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: the graph of f takes the most memory
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 plt.rcParams.update({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
-                     'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': '0'})
+                     'axes.spines.top': False, 'axes.spines.right': False})
 # the palette of Okabe and Ito, which colour-blind people can tell apart
 COLORS = dict(standard='#000000', checkpointed='#808080', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
               midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9', bdia='#56B4E9')

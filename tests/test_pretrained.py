@@ -392,7 +392,8 @@ def test_nanogpt_reads_what_is_written(tmp_path):
 @pytest.mark.parametrize('config, target, words', [
     (dict(scheme='leapfrog'), 'folder', 'is of scheme leapfrog, which no other program computes'),
     (dict(scheme='midpoint_a', a=-0.5), 'ckpt.pt', 'is of scheme midpoint_a'),
-    (dict(GPT2_LIKE, norm='rmsnorm'), 'folder', 'mixes features of GPT-2 and Llama'), (dict(LLAMA_LIKE, bias=True), 'folder', 'mixes features of GPT-2 and Llama'),
+    (dict(GPT2_LIKE, norm='rmsnorm'), 'folder', 'mixes features of GPT-2 and Llama'),
+    (dict(LLAMA_LIKE, bias=True), 'folder', 'mixes features of GPT-2 and Llama'),
     (LLAMA_LIKE, 'ckpt.pt', "is not of nanoGPT's architecture"), (dict(GPT2_LIKE, tied=False), 'ckpt.pt', "is not of nanoGPT's")], ids=str)
 def test_what_nobody_reads_is_not_written(tmp_path, config, target, words):
     path, _ = written(tmp_path, config)
