@@ -12,7 +12,7 @@ batch_size = 30
 gradient_accumulation_steps = 16
 block_size = 1024
 
-scheme = 'leapfrog'     # this and h are the defaults: see RESULTS.md's comparison
+scheme = 'leapfrog'     # this and h are the defaults: see results/schemes.md
 h = 0.25
 n_layer = 36
 n_head = 20

@@ -13,7 +13,7 @@ batch_size = 60
 gradient_accumulation_steps = 8
 block_size = 1024
 
-scheme = 'leapfrog'     # this and h are the defaults: see RESULTS.md's comparison
+scheme = 'leapfrog'     # this and h are the defaults: see results/schemes.md
 h = 0.25
 n_layer = 12
 n_head = 12

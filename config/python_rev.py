@@ -12,7 +12,7 @@ gradient_accumulation_steps = 1
 block_size = 128
 
 scheme = 'leapfrog'     # the default
-h = 0.5                 # did better in this shape than the default, 0.25, in one run: see RESULTS.md
+h = 0.5                 # did better in this shape than the default, 0.25, in one run: see results/schemes.md
 n_layer = 4
 n_head = 4
 n_embd = 128

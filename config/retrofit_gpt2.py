@@ -1,5 +1,5 @@
 """
-GPT-2 (124M) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see RESULTS.md.
+GPT-2 (124M) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see results/conversion.md.
 
     python data/openwebtext/prepare.py --subsets=1
     torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py        # or python retrofit.py ...

@@ -1,5 +1,5 @@
 """
-SmolLM2-135M made reversible, with two bits per element on average, spread where they matter most. The settings of a table in RESULTS.md.
+SmolLM2-135M made reversible, with two bits per element on average, spread where they matter most. The settings of a table in results/conversion.md.
 
     pip install tokenizers
     python data/text/prepare.py TEXT --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct    # TEXT: files or folders of yours

@@ -1,5 +1,5 @@
 """
-TinyLlama (1.1B) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see RESULTS.md.
+TinyLlama (1.1B) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see results/conversion.md.
 
     pip install tokenizers
     python data/text/prepare.py TEXT --tokenizer=TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T

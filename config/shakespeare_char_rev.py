@@ -13,7 +13,7 @@ batch_size = 64
 gradient_accumulation_steps = 1
 block_size = 256
 
-scheme = 'leapfrog'     # this and h are the defaults: see RESULTS.md's comparison
+scheme = 'leapfrog'     # this and h are the defaults: see results/schemes.md
 h = 0.25
 n_layer = 6
 n_head = 6

@@ -1,4 +1,4 @@
-# SmolLM2-135M made reversible: every table of RESULTS.md about it. A day on a CPU. Run again, it keeps weights, texts and
+# SmolLM2-135M made reversible: every table of results/conversion.md and finetuning.md about it. A day on a CPU. Run again, it keeps weights, texts and
 # tuned models, and tuning goes on where it stopped.
 #
 #     pip install -r requirements.txt tokenizers transformers gguf accelerate matplotlib && bash results/smollm2.sh

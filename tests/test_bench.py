@@ -4,6 +4,7 @@ What must be true of bench.py, of the scripts in results/ and of assets/figures.
 They measure what they say, on models so small that figures mean nothing: a row for every case, one for what does not fit,
 and a file that keeps what was found before an interruption. Nothing here depends on how fast anything is.
 """
+import glob
 import importlib.util
 import json
 import math
@@ -261,9 +262,9 @@ def test_figures_are_drawn_from_the_files(tmp_path):
     shutil.copytree(os.path.join(ROOT, 'results'), tmp_path / 'results')
     output = run(tmp_path, 'assets/figures.py')
     named = set()
-    for page in ('README.md', 'RESULTS.md'):
+    for page in ('README.md', 'RESULTS.md', *glob.glob('results/*.md', root_dir=ROOT)):
         with open(os.path.join(ROOT, page)) as file:
-            named |= set(re.findall(r'\(assets/(\w+)\.png\)', file.read()))
+            named |= set(re.findall(r'assets/(\w+)\.png\)', file.read()))
     drawn = {name.removesuffix('.png') for name in os.listdir(tmp_path / 'assets')}
     assert {'curve', 'states'} <= named == drawn and all(f'assets/{name}.png' in output for name in drawn)
 
