@@ -1,22 +1,25 @@
 """
-A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is in this file.
+A GPT whose backward pass rebuilds its activations instead of storing them. All of the mathematics is here.
 
-In GPT-2 a block adds its output to the state p: p_next = p + f(p). From p_next alone p cannot be recovered,
-so backpropagation stores all activations. Now let depth be time, and keep two states, which both start as the
-embedding:
+In GPT-2 a block adds its output to the state, p = p + f(p). The old p cannot be computed from the new one, so
+backpropagation stores all activations. Here depth is time, and the state is a position p, which starts as
+the embedding, and a velocity v, which starts at 0. Each of these lines can be undone:
 
-    p_next = a * p_prev + b * p + c * f(p)              forward: advance() below
-    p_prev = (p_next - b * p - c * f(p)) / a            backward: rebuild() below
+    v = -a * v + c * f(p)           forward, up through the layers
+    p = p + v
 
-The second line is the first, solved for p_prev. So the forward pass keeps only the last two states. The backward pass walks
-down the steps, evaluates f(p) once per step, and uses it twice: to rebuild p_prev, and for the gradients. Rounding would make
-rebuilt states drift from the true ones. So states are fixed-point numbers in int64: adding integers can be undone exactly.
+    p = p - v                       backward, down again: the same lines undone, the last one first
+    v = (v - c * f(p)) / -a
 
-The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for Efficient
-Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. The transformer is nanoGPT's, or Llama's.
+So the forward pass keeps only the last p and v. The backward pass evaluates f(p) once per step, and uses it
+twice: to rebuild v, and for the gradients. Adding floats rounds, so rebuilt states would drift. Integers do
+not: p and v are fixed-point numbers in int64. At the bottom v is 0 again, which proves that all was undone.
+
+The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for
+Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. Blocks are nanoGPT's, or Llama's.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,32 +27,26 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import check_config
-
 # -----------------------------------------------------------------------------
-# the schemes: (a, h) of a layer -> (a, b, c) of the recurrence, with a + b = 1. h is the step size. Only midpoint_a has an a to choose
+# the schemes: (a, h) of a layer -> (a, c) of its step, with h the step size. p_prev is p - v
 
 SCHEMES = {
-    'standard':   lambda a, h: (0, 1, 1),          # forward Euler, p + f(p): GPT-2 itself, not reversible
-    'midpoint':   lambda a, h: (1, 0, 2 * h),      # paper eq. 2.4
-    'midpoint_a': lambda a, h: (a, 1 - a, h),      # paper eq. 3.6
-    'leapfrog':   lambda a, h: (-1, 2, h * h),     # paper eq. 2.6: the wave equation, p'' = f(p)
-    'symplectic': lambda a, h: (1, 0, 1),          # paper eq. 2.8, 2.9: two steps per layer, f is attention, then MLP
-    'midpoint_sum': lambda a, h: (1, 0, 1),        # paper section 4, for trained nets: f is the previous block plus this one
+    'standard': lambda a, h: (0, 1),        # p_next = p + f(p): forward Euler, GPT-2 itself, not reversible
+    'midpoint': lambda a, h: (1, 2 * h),    # p_next = p_prev + 2h f(p)                     paper eq. 2.4
+    'midpoint_a': lambda a, h: (a, h),      # p_next = a p_prev + (1 - a) p + h f(p)        eq. 3.6
+    'leapfrog': lambda a, h: (-1, h * h),   # p_next = 2p - p_prev + h^2 f(p)               eq. 2.6
+    'symplectic': lambda a, h: (1, 1),      # p_next = p_prev + f(p), two steps per layer   eq. 2.8, 2.9
+    'midpoint_sum': lambda a, h: (1, 1),    # p_next = p_prev + f_below(p) + f(p)           section 4
 }
-DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}        # at 12 layers; the evidence for them is weak: see RESULTS.md
+DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}   # weak evidence: results/schemes.md
 
 class Coefficients(NamedTuple):
-    """
-    The coefficients of one step: a = n / 2^bits, b = m / 2^bits, and c. States are integers, so n and m are whole. bits is 0
-    except in midpoint_a, where a may be a fraction. Dividing n * p_prev + m * p by 2^bits cuts off that many bits per element.
-    rebuild() needs these bits, so ctx.saved keeps them. For a = -3/4: n = -3, bits = 2, and as b = 1 - a = 7/4, m = 7.
-    """
-    n: int          # with float states (exact=False) n is a itself, m is b, and bits is 0
-    m: int
+    """Of a step. For integers a = n / 2^bits, such as -3/4: n = -3, bits = 2. For floats n = a, bits = 0."""
+    a: float
     c: float
-    bits: int
-    inverse: float  # 1 / n; for integer states an integer, modulo 2^64
+    n: int
+    bits: int               # bits per element that dividing by 2^bits cuts off; the backward pass needs them
+    inverse: int            # 1 / -n, modulo 2^64
 
 @dataclass
 class GPTConfig:
@@ -60,114 +57,135 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True                       # biases in linear layers and layer norms, as in GPT-2
-    norm: str = 'layernorm'                 # GPT-2's; Llama's is 'rmsnorm'
+    norm: str = 'layernorm'                 # Llama's is 'rmsnorm'
     norm_eps: float = 1e-5
-    mlp: str = 'gelu'                       # GPT-2's; Llama's is 'swiglu'
+    mlp: str = 'gelu'                       # Llama's is 'swiglu'
+    gelu: str = 'erf'                       # the exact one, as in nanoGPT; GPT-2's approximation is 'tanh'
     n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
-    n_kv_head: int | None = None            # key and value heads, if fewer than query heads (grouped-query attention); None: n_head
-    rope_theta: float | None = None         # base of rotary positions (Llama); None: learned positions (GPT-2)
-    tied: bool = True                       # the embedding matrix is also the output head's (weight tying)
+    n_kv_head: int | None = None            # heads of keys and values, if fewer than n_head (grouped queries)
+    rope_theta: float | None = None         # base of rotary positions (Llama); None: learned ones (GPT-2)
+    tied: bool = True                       # one matrix embeds tokens and makes logits
     scheme: str = 'leapfrog'                # a key of SCHEMES
-    h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H, if the scheme has h
-    a: float | list | str | None = None     # midpoint_a: a number, or one per layer; None or 'random': drawn as in the paper; or 'bdia'
-    stored_layers: int | None = None        # how many of the last layers store their activations; None: all in 'standard', else 0
-    exact: bool = True                      # states are integers, rebuilt bit for bit; False: floats
-    verify: bool = True                     # after backward, compare the two rebuilt first states (not if embedding and layer 0 are frozen)
-    slice_tokens: int = 8192                # f sees about this many tokens per call, in whole sequences: the graph of f takes the most memory
+    h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H
+    a: float | list | str | None = None     # midpoint_a: a number or one per layer; None or 'random': see GPT
+    stored_layers: int | None = None        # how many of the last layers keep their graphs; None: 0
+    exact: bool = True                      # states are integers; False: floats, which drift, as in the paper
+    verify: bool = True                     # count the elements of v that are not 0 after the backward pass
+    slice_tokens: int = 8192                # f sees about so many at a time: its graph takes the most memory
 
     def __post_init__(self):
-        self.n_inner, self.n_kv_head = self.n_inner or 4 * self.n_embd, self.n_kv_head or self.n_head
+        def must(right, sentence):
+            if not right:
+                raise ValueError(sentence)
+
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        self.n_kv_head = self.n_kv_head or self.n_head
         if self.stored_layers is None:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
-        self.h = DEFAULT_H.get(self.scheme) if self.h is None and self.a != 'bdia' else self.h
-        self.a = 'random' if self.a is None and self.scheme == 'midpoint_a' else self.a
-        check_config(self, SCHEMES, DEFAULT_H)                  # ValueError if the settings are invalid
-        if self.a == 'random':                  # drawn here, once; paper section 3: E[a] = 0, forward Euler on average
-            sign = torch.randint(2, (self.n_layer,), device='cpu') * 2 - 1
-            a = sign + torch.rand(self.n_layer, device='cpu') - 0.5
-            self.a = (a * 4).round().div(4).tolist()            # the paper does not round to quarters: 0 to 2 bits per element
+        if self.h is None:
+            self.h = DEFAULT_H.get(self.scheme)
+        if self.a is None and self.scheme == 'midpoint_a':
+            self.a = 'random'
+        must(self.scheme in SCHEMES, f"unknown scheme '{self.scheme}': choose one of {', '.join(SCHEMES)}")
+        must(self.n_embd % self.n_head == 0, 'n_embd must be divisible by n_head')
+        must(self.n_head % self.n_kv_head == 0, 'n_head must be divisible by n_kv_head')
+        even = self.n_embd // self.n_head % 2 == 0
+        must(even or self.rope_theta is None, 'rotary positions need an even n_embd / n_head')
+        must(self.stored_layers in range(self.n_layer + 1), 'stored_layers must be from 0 to n_layer')
+        must(self.h is None or self.scheme in DEFAULT_H, f'{self.scheme} has no h to choose: leave h out')
+        must(self.a is None or self.scheme == 'midpoint_a', f'{self.scheme} has no a to choose: leave a out')
+        for name in 'a', 'h':
+            numbers = self.per_layer(name)
+            fine = all(x in (None, 'random') or type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+            must(fine and len(numbers) == self.n_layer, f'{name} must be a finite number, or n_layer of them')
+        for a in self.per_layer('a'):
+            if a not in (None, 'random') and self.exact:
+                n, denominator = float(a).as_integer_ratio()    # in lowest terms, over a power of two
+                must(n % 2 == 1 and denominator <= 256, f'a = {a} cannot be undone exactly: give n / 2^k, '
+                     'with n odd and k up to 8, such as 1, -0.5 or 0.75')
+
+    def per_layer(self, name):
+        value = getattr(self, name)
+        return value if isinstance(value, list) else [value] * self.n_layer
 
     def coefficients(self):
-        """
-        The Coefficients of every layer. In BDIA (arXiv 2407.09093) a is 1/2 or -1/2 at random, and h = 1 + a. Here every call
-        draws one a per layer, so the sequences of a micro-batch share it; in the BDIA paper every sequence has its own.
-        """
-        result, a, h = [], self.a, self.h
-        if a == 'bdia':
-            a = (torch.randint(2, (self.n_layer,), device='cpu') - 0.5).tolist()
-            h = [1 + x for x in a]
-        for a, h in zip(*(v if isinstance(v, list) else [v] * self.n_layer for v in (a, h))):
-            a, b, c = SCHEMES[self.scheme](a, h)
-            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)      # denominator: a power of two; n: odd, or 0
-            m = int(b * denominator) if self.exact else b
-            inverse = (integer_inverse(n) if self.exact else 1 / n) if n else 0             # standard cannot be undone
-            result.append(Coefficients(n, m, c, denominator.bit_length() - 1, inverse))
+        """The Coefficients of each layer."""
+        result = []
+        for chosen, h in zip(self.per_layer('a'), self.per_layer('h')):
+            a, c = SCHEMES[self.scheme](chosen, h)
+            n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)
+            inverse = 0                                         # of standard, which is never undone
+            if a:
+                inverse = integer_inverse(-n) if self.exact else -1 / a
+            result.append(Coefficients(a, c, n, denominator.bit_length() - 1, inverse))
         return result
 
 # -----------------------------------------------------------------------------
 # the transformer: GPT-2, with nanoGPT's names, and Llama
 
 def rotate(x, theta, first):
-    """
-    Rotary positions (arXiv 2104.09864) for x (B, nh, T, hs), whose first token has position first. At position t, channels i
-    and i + hs/2, paired as in transformers' Llama, are rotated by the angle t * theta^(-2i / hs).
-    """
+    """Rotary positions of x (B, nh, T, hs), from first on. Channels i and i + hs/2 pair, as in Llama."""
     T, hs = x.shape[-2:]
-    frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)                # (hs/2)
-    angle = torch.arange(first, first + T, device=x.device)[:, None] * frequency                # (T, hs/2)
+    frequency = theta ** (-torch.arange(0, hs, 2, device=x.device).float() / hs)    # (hs/2)
+    angle = torch.arange(first, first + T, device=x.device)[:, None] * frequency    # (T, hs/2)
     cos, sin = angle.cos(), angle.sin()
-    x1, x2 = x.chunk(2, dim=-1)                                                                 # (B, nh, T, hs/2) each
+    x1, x2 = x.chunk(2, dim=-1)                                                     # (B, nh, T, hs/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.hs = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        heads = config.n_head + 2 * config.n_kv_head            # of queries, keys and values, in this order
-        self.c_attn = nn.Linear(config.n_embd, heads * self.hs, bias=config.bias)
+        self.heads = config.n_head, config.n_kv_head, config.n_kv_head      # of queries, keys and values
+        self.hs = config.n_embd // config.n_head
+        self.theta = config.rope_theta
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.hs, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.theta, self.dropout = config.rope_theta, config.dropout
 
     def forward(self, x, cache=None):
-        B, T, C = x.size()                                      # sequences, tokens, channels: GPT-2 has T 1024, C 768
-        first = cache.tokens if cache else 0                    # a cache holds earlier keys and values: sample.py
-        qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)                            # (B, heads, T, hs)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)               # (B, nh or nkv, T, hs)
+        B, T, C = x.size()          # sequences, tokens, channels: T 1024, C 768 = nh 12 x hs 64 in GPT-2
+        first = cache.tokens if cache else 0
+        qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)        # (B, nh + 2 nkv, T, hs)
+        q, k, v = qkv.split(self.heads, dim=1)                              # (B, nh or nkv, T, hs)
         if self.theta is not None:
-            q, k = rotate(q, self.theta, first), rotate(k, self.theta, first)
+            q = rotate(q, self.theta, first)
+            k = rotate(k, self.theta, first)
         if cache:
             k, v = cache.extend(k, v)
-        if self.n_kv_head < self.n_head:                        # each head of keys and values serves a group of queries
-            k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))  # (B, nh, T, hs)
-        # if a cache holds earlier tokens, there is a single new one, and it sees all of them; otherwise attention is causal
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=first == 0)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))           # (B, nh, T, hs) -> (B, T, C): heads side by side again
+        causal = first == 0         # later there is one new token per pass, which sees all tokens
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=True)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))                 # heads side by side again
         return F.dropout(y, self.dropout, self.training)
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gated, self.dropout = config.mlp == 'swiglu', config.dropout
+        self.gated = config.mlp == 'swiglu'
+        self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
+        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.c_fc(x)                                        # (B, T, n_inner), twice that if gated
+        x = self.c_fc(x)                                                    # (B, T, n_inner), or twice that
         if self.gated:
-            gate, x = x.chunk(2, dim=-1)                        # (B, T, n_inner) each
-            x = F.silu(gate) * x                                # SwiGLU, arXiv 2002.05202
+            gate, x = x.chunk(2, dim=-1)                                    # (B, T, n_inner) each
+            x = F.silu(gate) * x                                            # SwiGLU, arXiv 2002.05202
         else:
-            x = F.gelu(x, approximate='tanh')                   # GPT-2's GELU is the tanh approximation
+            x = F.gelu(x, approximate=self.approximate)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 def norm(config):
-    return (nn.RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else
-            nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias))
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 class Block(nn.Module):
-    """nanoGPT's Block minus the residual: f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))), which is paper eq. 2.5."""
+    """nanoGPT's Block minus the residual: f(p) = Attn(LN1(p)) + MLP(LN2(p + Attn(LN1(p)))), paper eq. 2.5."""
     def __init__(self, config):
         super().__init__()
+        self.scheme = config.scheme
         self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = norm(config)
@@ -176,297 +194,362 @@ class Block(nn.Module):
     def attention(self, x, cache=None):
         return self.attn(self.ln_1(x), cache)
 
-    def feedforward(self, x, cache=None):                       # the cache is for attention alone
+    def feedforward(self, x, cache=None):
         return self.mlp(self.ln_2(x))
 
     def forward(self, x, cache=None):
         y = self.attention(x, cache)
-        return y + self.feedforward(x + y)                      # nanoGPT's Block also adds x
+        return y + self.feedforward(x + y)                                  # nanoGPT's Block also adds x
+
+    def step(self, handle, tape, coefficients, store_graph, below):
+        """Takes the states on the tape one layer up, by one step or two. below: the last block, or None."""
+        def both(x, cache=None):
+            return below(x, cache) + self(x, cache)
+
+        if self.scheme == 'symplectic':
+            handle = tape.step(handle, self.attention, (self.ln_1, self.attn), coefficients, store_graph)
+            return tape.step(handle, self.feedforward, (self.ln_2, self.mlp), coefficients, store_graph)
+        if self.scheme == 'midpoint_sum' and below:
+            return tape.step(handle, both, (below, self), coefficients, store_graph)
+        return tape.step(handle, self, (self,), coefficients, store_graph)
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
+        if config.a == 'random':    # paper section 3: a = +-1 + U(-1/2, 1/2); here rounded to quarters
+            sign = torch.randint(2, (config.n_layer,), device='cpu') * 2 - 1
+            a = sign + torch.rand(config.n_layer, device='cpu') - 0.5
+            config = replace(config, a=(a * 4).round().div(4).tolist())
         self.config = config
         self.coefficients = config.coefficients()
-        self.recurrence, self.chunk_loss = (advance, rebuild), chunk_loss       # runtime.py's compile_parts() replaces them
-        self.mismatches = 0                                     # wrong elements, counted by verify(), read by agree() of runtime.py
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **({} if config.rope_theta else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),      # GPT-2's name: config.h is a step size
-            ln_f=norm(config),
-        ))
+        self.kick = kick            # compile_parts() replaces these three
+        self.unkick = unkick
+        self.chunk_loss = chunk_loss
+        self.mismatches = 0         # elements of v that were not 0 again: training looks at it
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.rope_theta is None:
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.drop = nn.Dropout(config.dropout)
+        self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.transformer.wte.weight   # one matrix embeds tokens and makes logits
-        for name, weight in self.named_parameters():            # GPT-2's initialisation
+            self.lm_head.weight = self.transformer.wte.weight
+        for name, weight in self.named_parameters():                        # GPT-2's initialisation
+            deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
             if name.endswith('bias'):
                 nn.init.zeros_(weight)
-            elif weight.dim() == 2:                             # c_proj: GPT-2 adds up the outputs of 2 n_layer of them
-                deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
+            elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02 / deep)
 
-    def forward(self, idx, targets=None, *criterion, cache=None):
-        """
-        idx (B, T) tokens -> (logits of the last position (B, 1, V), None). With targets (B, T), where -1 is ignored:
-        (None, mean cross entropy in nats per target), or the mean of another criterion: see loss().
-        """
-        x = self.last_state(idx, cache)                                                     # (B, T, C)
+    def forward(self, idx, targets=None, criterion=None, cache=None):
+        """idx (B, T) -> (logits (B, 1, V) of the last position, None), or with targets (None, mean loss)."""
+        x = self.last_state(idx, cache)                                     # (B, T, C)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
-        return None, self.loss(x, targets, *criterion)
+        return None, self.loss(x, targets, criterion)
 
     def hidden(self, idx):
         """idx (B, T) tokens -> (B, T, C) after the final norm; lm_head turns them into logits."""
         return self.transformer.ln_f(self.last_state(idx))
 
     def last_state(self, idx, cache=None):
-        """idx (B, T) tokens -> (B, T, C) before the final norm. With a filled cache (of sample.py) idx is one token."""
-        first, T = cache.tokens if cache else 0, idx.size(1)
-        if first + T > self.config.block_size:
-            raise ValueError(f'a sequence of {first + T} tokens is longer than block_size = {self.config.block_size}')
-        x = self.transformer.wte(idx)                                                       # (B, T, C)
+        """idx (B, T) tokens -> (B, T, C) before the final norm. If a cache holds tokens already, T is 1."""
+        first = cache.tokens if cache else 0
+        end = first + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f'{end} tokens are longer than block_size = {self.config.block_size}')
+        x = self.transformer.wte(idx)                                       # (B, T, C)
         if self.config.rope_theta is None:
-            x = x + self.transformer.wpe(torch.arange(first, first + T, device=idx.device))
-        return self.integrate(self.transformer.drop(x), cache)
+            x = x + self.transformer.wpe(torch.arange(first, end, device=idx.device))
+        x = self.integrate(self.transformer.drop(x), cache)
+        if cache:
+            cache.tokens = end
+        return x
 
-    @torch.compiler.disable     # it cannot trace states that change in place; runtime.py compiles the parts
+    @torch.compiler.disable         # it cannot trace states that change in place: see compile_parts()
     def integrate(self, x, cache=None):
-        """From the embedding to the last state, both (B, T, C): nanoGPT's loop over the blocks."""
-        config, with_grad = self.config, torch.is_grad_enabled()
-        first_stored = config.n_layer - config.stored_layers
-        if config.scheme == 'standard' or (config.a == 'bdia' and not self.training):   # evaluated, BDIA has E[a] = 0, h = 1
-            for j, f, _ in self.steps():                        # checkpoint() drops the graph of f, and builds it again in backward
-                x = x + (f(x, cache) if j >= first_stored or not with_grad else checkpoint(f, x, use_reentrant=False))
+        """The loop over the blocks, from the embedding to the last state, both (B, T, C)."""
+        blocks = self.transformer.h
+        with_grad = torch.is_grad_enabled()
+        first_stored = self.config.n_layer - self.config.stored_layers
+        if self.config.scheme == 'standard':
+            for j, block in enumerate(blocks):
+                if j >= first_stored or not with_grad:
+                    x = x + block(x, cache)
+                else:               # keeps x alone; the backward pass evaluates the block again
+                    x = x + checkpoint(block, x, use_reentrant=False)
             return x
 
-        if config.a == 'bdia':
-            self.coefficients = config.coefficients()           # drawn anew
-        # The tape holds states and gradients. Autograd sees only a chain of handles, x and then dummy zeros, which fixes the order:
-        # LastState.backward() puts dL/dp on the tape, each step's backward() moves it one layer down, the first step's returns dL/dx.
+        # p, v and their gradients are on the tape. Autograd sees a chain of handles: x, and then dummy zeros
+        #     x -> block.step -> handle -> block.step -> handle -> ... -> tape.last -> last p -> loss
+        # and takes it from right to left: tape.last gets dL/dp, each step goes down again and returns the
+        # gradients of its weights, and the lowest one returns dL/dx
         tape = Tape(self, x, cache)
         handle = x
-        for j, f, modules in self.steps():
-            weights = [w for module in modules for w in module.parameters() if with_grad and w.requires_grad]
-            handle = ReversibleStep.apply(handle, tape, f, self.coefficients[j], j >= first_stored and with_grad, *weights)
-        return LastState.apply(handle, tape)
+        for j, block in enumerate(blocks):
+            store_graph = j >= first_stored and with_grad
+            below = blocks[j - 1] if j else None
+            handle = block.step(handle, tape, self.coefficients[j], store_graph, below)
+        return tape.last(handle)
 
-    def steps(self):
-        """(layer, f, the modules with f's weights) of every step, in the order of depth."""
-        blocks = self.transformer.h
-        for j, (block, before) in enumerate(zip(blocks, [None, *blocks])):
-            if self.config.scheme == 'symplectic':
-                yield j, block.attention, (block.ln_1, block.attn)
-                yield j, block.feedforward, (block.ln_2, block.mlp)
-            elif self.config.scheme == 'midpoint_sum' and before:
-                # f(p) = p_next - p_prev is the sum of two blocks. The defaults hold this step's blocks: the loop goes on
-                yield j, lambda x, cache=None, f=before, g=block: f(x, cache) + g(x, cache), (before, block)
-            else:
-                yield j, block, (block,)
+    def loss(self, x, targets, criterion=None, chunk=1024):
+        """
+        Mean loss of x (B, T, C) from last_state(), in nats per target; targets (B, T) of -1 do not count. The
+        criterion, cross entropy by default, maps logits (N, V) and targets (N), or the rows of a tuple, to a
+        sum. It must not change if a number is added to all logits of a token. The gradients of a chunk are
+        computed while its logits exist: those of all tokens at once would be the largest tensor of all.
+        """
+        targets = targets if isinstance(targets, tuple) else (targets,)
+        x, *rows = (y.flatten(0, 1) for y in (x, *targets))                 # (N, C), and N rows each
+        count = (rows[0] != -1).sum()
+        ln_f = self.transformer.ln_f
+        weight = head(self.lm_head.weight)
+        weights = [w for w in (self.lm_head.weight, *ln_f.parameters()) if w.requires_grad]
+        leaves = [weight if w is self.lm_head.weight else w for w in weights]
+        grads = [torch.zeros_like(w, dtype=wide(w.dtype)) for w in (x, *weights)]
+        total = 0
+        for x_i, g_i, *rows_i in zip(*(y.split(chunk) for y in (x, grads[0], *rows))):
+            x_i = x_i.detach().requires_grad_()
+            loss = self.chunk_loss(ln_f, criterion or cross_entropy, x_i, weight, *rows_i)
+            total = total + loss.detach()
+            if torch.is_grad_enabled():
+                new = torch.autograd.grad(loss, (x_i, *leaves))
+                for grad, g in zip((g_i, *grads[1:]), new):
+                    grad += g
+        for grad in grads:
+            grad.div_(count)
 
-    def loss(self, x, targets, criterion=None, *others, chunk=1024):
-        """
-        Mean loss of x (B, T, C) from last_state(). A criterion maps (logits (N, V), targets (N), *others (N, ...)) to the sum of
-        N losses. Adding one number to all logits of a row must not change it: see head(). others are (B, T, ...) here.
-        """
-        norm, with_grad = self.transformer.ln_f, torch.is_grad_enabled()
-        return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, [y.flatten(0, 1) for y in (targets, *others)],
-                                 lambda *chunks: self.chunk_loss(norm, criterion or cross_entropy, *chunks),
-                                 (targets != -1).sum(), chunk, with_grad,
-                                 *(w for w in norm.parameters() if with_grad and w.requires_grad))
+        def scaled(g):
+            return [grad.mul_(g) for grad in grads]     # in place: they may be the largest tensors
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder, **overrides):
-        """A model from the Hugging Face hub, a folder of save_pretrained(), or a checkpoint (ours or nanoGPT's): see pretrained.py."""
-        from pretrained import build
-        return build(name_or_folder, **overrides)[0]
+        return Backward.apply(total / count, scaled, x, *weights)
 
-    def generate(self, idx, max_new_tokens, **kwargs):
+    def compile_parts(self):
+        """torch.compile for every f, for a chunk of the loss, and for the recurrence."""
+        # the limit must hold in backward's own thread: torch 2.13 needs the argument there, 2.11 the setting
+        torch.compiler.config.recompile_limit = 1000
+        limit = dict(recompile_limit=1000) if torch.__version__ >= '2.12' else {}
+        # f must round alike in both passes: no kernel for all shapes, and no eager code, may take over later
+        how = dict(limit, dynamic=False, fullgraph=True)
+        for block in self.transformer.h:
+            for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
+                setattr(block, name, torch.compile(getattr(block, name), **how))
+        self.chunk_loss = torch.compile(chunk_loss, **how)
+        self.kick = torch.compile(kick, **limit)        # all a with as many bits share a kernel
+        self.unkick = torch.compile(unkick, **limit)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
         """
-        idx (B, T) tokens -> (B, T + max_new_tokens): idx, then the tokens of stream() in sample.py. Call model.eval() first: in
-        training mode dropout is active, and BDIA draws its a at random.
+        Yields the tokens (B, 1) that continue idx (B, T). Temperature 0 takes the likeliest, top_k draws from
+        the k likeliest; those from vocab_size on are padding, and never drawn. Call model.eval() first.
         """
-        from sample import stream
-        return torch.cat((idx, *stream(self, idx, max_new_tokens, **kwargs)), dim=1)
+        cache = Cache()
+        new = idx
+        for _ in range(max_new_tokens):
+            if idx.size(1) > self.config.block_size:    # all positions move, so a cache is of no use
+                new = idx[:, -self.config.block_size:]
+                cache = None
+            logits, _ = self(new, cache=cache)
+            logits = logits[:, -1, :vocab_size].float()                     # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            new = logits.argmax(-1, keepdim=True)
+            if temperature > 0:
+                logits = logits - logits.amax(-1, keepdim=True)             # or they may overflow
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            idx = torch.cat((idx, new), dim=1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, **how):
+        """idx (B, T) -> (B, T + max_new_tokens): idx, and the tokens of stream()."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **how)), dim=1)
+
+class Cache:
+    """Keys and values of all tokens so far: a queue, with one entry per attention, in the order of depth."""
+    def __init__(self):
+        self.tokens = 0
+        self.entries = []
+
+    def extend(self, k, v):
+        """Keys and values (B, nkv, T, hs) of the next T tokens -> those of all tokens so far."""
+        if self.tokens:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.entries.pop(0), (k, v)))
+        self.entries.append((k.detach(), v.detach()))
+        return k, v
 
 # -----------------------------------------------------------------------------
-# the reversible step, with its backward pass written by hand
+# the two states, and a backward pass written by hand
 
-class ReversibleStep(torch.autograd.Function):
-    """
-    One step of the recurrence: handle = ReversibleStep.apply(handle, tape, f, coefficients, store_graph, *weights of f).
-
-    The tape has two states, and in the backward pass their gradients g = dL/dp. With J = df/dp, a step computes
-
-        g_prev  = a * g_next
-        g      += b * g_next + c * J^T g_next       one vector-Jacobian product; it yields the weights' gradients too
-
-    It is += because p was the p_prev of the step above, which has left its g_prev in g. The weights are arguments so that autograd
-    gets their gradients step by step, even if the embedding is frozen: DistributedDataParallel sends some while others are computed.
-    """
-
+class Backward(torch.autograd.Function):
+    """A value with a backward pass of ours: a function dL/dvalue -> dL/dinput of each input."""
     @staticmethod
-    def forward(ctx, handle, tape, f, coefficients, store_graph, *weights):
-        ctx.tape, ctx.depth, ctx.f, ctx.coefficients = tape, tape.depth, f, coefficients
-        ctx.autocast = tape.autocast(weights)
-        ctx.rng_state = tape.generator.get_rng_state() if tape.dropout else None
-        ctx.save_for_backward(*weights)         # no copies; autograd raises an error if they change before backward
-        ctx.saved = []                          # per slice: the graph of f, if it is stored, and the bits that were cut off
-        for p_prev, p in tape.slices(tape.lower, tape.upper):                   # (S, T, C) each: S sequences
-            x, fx = build_graph(ctx, p)                                         # p as floats and f(p), (S, T, C) each
-            tape.watch(coefficients, fx.detach())
-            _, cut_off = tape.advance(p_prev, p, fx.detach(), coefficients)     # p_next, in the memory of p_prev
-            ctx.saved.append(((x, fx) if store_graph else None, cut_off))
-            del x, fx                           # frees the graph, unless it is stored, before the next one is built
-        # (lower, upper) was (p_prev, p) before the loop, and is (p, p_next) after this swap
-        tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth + 1
-        return handle.new_zeros(())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, zero):
-        tape, weights, (n, m, c, bits, _) = ctx.tape, ctx.saved_tensors, ctx.coefficients
-        if tape.depth != ctx.depth + 1:
-            raise RuntimeError('an earlier backward pass has used up these states: run forward again')
-        a, b, g_weights = n / 2**bits, m / 2**bits, None
-        if tape.g_lower is None:                # the top step comes first: nothing has been added to the gradient of its p yet
-            tape.g_lower = torch.zeros_like(tape.g_upper)
-        with torch.random.fork_rng([zero.device] * (tape.kind != 'cpu'), enabled=tape.dropout, device_type=tape.kind):
-            if tape.dropout:                    # draw the same masks again; fork_rng() then restores the generator
-                tape.generator.set_rng_state(ctx.rng_state)
-            slices = tape.slices(tape.lower, tape.upper, tape.g_lower, tape.g_upper)
-            for (graph, cut_off), (p, p_next, g, g_next) in zip(ctx.saved, slices):             # (S, T, C) each
-                x, fx = graph or build_graph(ctx, p)                            # f(p), once per step
-                tape.rebuild(p_next, p, fx.detach(), cut_off, ctx.coefficients)     # p_prev, in the memory of p_next
-                c_vjp, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_next).to(fx.dtype))     # c * J^T g_next
-                g += c_vjp.add_(g_next, alpha=b) if b else c_vjp                # g += b * g_next + c * J^T g_next
-                if a != 1: g_next *= a                                          # g_prev, in the memory of g_next
-                g_weights = [one + other for one, other in zip(g_weights, g_w)] if g_weights else g_w
-        # (lower, upper) was (p, p_next) before the loop, and is (p_prev, p) after this swap; likewise the gradients
-        tape.lower, tape.upper, tape.depth = tape.upper, tape.lower, ctx.depth
-        tape.g_lower, tape.g_upper = tape.g_upper, tape.g_lower
-        ctx.saved = None                        # the loss may outlive this pass, and would keep these alive
-        g_handle = zero
-        if not ctx.needs_input_grad[0] or ctx.depth == 0:       # the bottom step: all below is frozen, or x was both states, p_{-1} and p_0
-            g_handle = tape.g_upper.add_(tape.g_lower)
-            if ctx.depth == 0: tape.verify()
-            tape.lower = tape.upper = tape.g_lower = tape.g_upper = None        # for the same reason as ctx.saved
-        return g_handle, None, None, None, None, *g_weights
-
-class LastState(torch.autograd.Function):
-    """The last handle -> the last state (B, T, C), as floats. backward() puts its gradient on the tape."""
-
-    @staticmethod
-    def forward(ctx, handle, tape):
-        ctx.tape = tape
-        return tape.last_state()
+    def forward(ctx, value, backward, *inputs):
+        ctx.ours = backward
+        ctx.save_for_backward(*(x for x in inputs if x.is_leaf and x.requires_grad))    # weights: no copies
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        ctx.tape.g_upper = g.clone()            # a copy: autograd may still need g, and the steps change g_upper in place
-        return g.new_zeros(()), None
-
-def build_graph(ctx, p):
-    """
-    (x, f(x)), where x is the state p (S, T, C) as floats. Forward builds the graph between them even if it is not stored: without
-    a graph, attention and torch.compile may choose kernels that round differently, and backward would get other bits.
-    """
-    x = to_float(p, ctx.tape.dtype).requires_grad_()
-    with torch.enable_grad(), torch.autocast(**ctx.autocast):
-        return x, ctx.f(x, ctx.tape.cache)
-
-def n_slices(B, T, slice_tokens):
-    """The number of slices: equal ones if fewer than twice the least number will do, since torch.compile compiles once per size."""
-    least = min(B, math.ceil(B * T / slice_tokens))
-    return next((n for n in range(least, 2 * least) if B % n == 0), least)
+        if ctx.ours is None:
+            raise RuntimeError('an earlier backward pass has used up what this one needs: run forward again')
+        ctx.saved_tensors           # raises an error if a weight has changed since the forward pass
+        grads = ctx.ours(g)
+        ctx.ours = None             # the loss may outlive this pass, and would keep its tensors alive
+        return None, None, *grads
 
 class Tape:
     """
-    The two states, and their gradients. The forward pass moves the pair up through the layers, the backward pass down again. f
-    treats each sequence on its own, so a step goes slice by slice. Unless it is stored, a graph of f exists for one slice at a time.
+    The two states, and in the backward pass their gradients, all (B, T, C). f sees each sequence alone, so a
+    step goes slice by slice: unless it is stored, a graph of f exists for one slice at a time.
     """
     def __init__(self, model, x, cache):
-        self.model, self.cache = model, cache
-        self.lower = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
-        self.upper, self.depth = self.lower.clone(), 0          # (B, T, C). The paper does not define p_{-1}: it is p_0 here
-        self.g_lower, self.g_upper, self.dtype = None, None, x.dtype
-        (self.advance, self.rebuild), self.dropout = model.recurrence, model.config.dropout > 0 and model.training
-        self.kind = x.device.type
-        self.generator = torch if self.kind == 'cpu' else torch.get_device_module(self.kind)        # has get_rng_state(), set_rng_state()
-        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)   # a cache covers the whole batch
-        self.norms = [(None, torch.linalg.vector_norm(x.detach(), dtype=wide(x.dtype)))]    # of p_0, then of every f(p)
+        kind = x.device.type
+        self.model = model
+        self.cache = cache
+        self.dtype = x.dtype
+        self.p = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
+        self.v = torch.zeros_like(self.p)       # the paper leaves p_{-1} open: it is p_0, so v is 0
+        self.g_p = None
+        self.g_v = None
+        self.depth = 0                          # steps up so far
+        self.largest = torch.zeros((), dtype=wide(x.dtype), device=x.device)                # see watch()
+        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)
+        self.dropout = model.config.dropout > 0 and model.training
+        self.rng = torch if kind == 'cpu' else torch.get_device_module(kind)
+        # backward runs outside autocast. Training needs no cache of it, which would keep cast weights alive
+        self.autocast = dict(
+            device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=not torch.is_grad_enabled())
+
+    def step(self, handle, f, modules, coefficients, store_graph):
+        """
+        One step up, and in the backward pass down again. There, with J = df/dp, g_p = dL/dp and g_v = dL/dv,
+
+            g_v = g_v + g_p
+            g_p = g_p + c * J^T g_v     one vector-Jacobian product, which yields the weights' gradients, too
+            g_v = -a * g_v
+
+        Weights are inputs of each step, so DistributedDataParallel sends some while others are computed.
+        """
+        a, c, *_ = coefficients
+        weights = [w for module in modules for w in module.parameters() if w.requires_grad]
+        rng_state = self.rng.get_rng_state() if self.dropout else None
+        saved = []                              # per slice: the graph of f, if stored, and the bits cut off
+        for p, v in self.slices(self.p, self.v):                            # (S, T, C) each: S sequences
+            x, fx = self.evaluate(f, p)
+            self.watch(p, v, fx.detach(), coefficients)
+            cut_off = self.model.kick(v, fx.detach(), coefficients)         # v = -a * v + c * f(p)
+            p.add_(v)                                                       # p = p + v
+            saved.append(((x, fx) if store_graph else None, cut_off))
+            del x, fx                           # frees the graph, unless it is stored, before the next one
+        self.depth += 1
+        depth = self.depth
+
+        def down(g_handle):
+            if self.dropout:
+                rng_state_now = self.rng.get_rng_state()
+                self.rng.set_rng_state(rng_state)                           # the same masks again
+            if self.g_v is None:                # the top step: by now g is freed
+                self.g_v = torch.zeros_like(self.g_p)
+            g_weights = [0.0] * len(weights)
+            for p, v, g_p, g_v in self.slices(self.p, self.v, self.g_p, self.g_v):
+                graph, cut_off = saved.pop(0)
+                p.sub_(v)                                                   # p = p - v
+                x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
+                self.model.unkick(v, fx.detach(), cut_off, coefficients)    # v = (v - c * f(p)) / -a
+                g_v.add_(g_p)                                               # g_v = g_v + g_p
+                g_x, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_v).to(fx.dtype))
+                g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
+                g_v.mul_(-a)                                                # g_v = -a * g_v
+                g_weights = [g + more for g, more in zip(g_weights, g_w)]      # of all slices
+            if self.dropout:
+                self.rng.set_rng_state(rng_state_now)
+            if depth == 1:                                                  # at the bottom
+                self.end()
+                g_handle = self.g_p                                         # dL/dx
+            return g_handle, *g_weights
+
+        return Backward.apply(handle.new_zeros(()), down, handle, *weights)
+
+    def last(self, handle):
+        """The last p as floats (B, T, C); NaN if an f(p) was not finite, or a state may have wrapped."""
+        def turn(g):
+            self.g_p = g.clone()                # autograd may still need g, and the steps change g_p in place
+            return [g.new_zeros(())]
+
+        last = to_float(self.p, self.dtype)
+        if self.p.dtype == torch.int64:
+            last.add_(torch.where(self.largest < 0.999 * 2**63, 0.0, math.nan))     # an if waits for a GPU
+        return Backward.apply(last, turn, handle)
 
     def slices(self, *tensors):
         return zip(*(x.tensor_split(self.n_slices) for x in tensors))
 
-    def autocast(self, weights):
-        """Autocast's settings, for backward, which runs outside it. In training its cache is off: it would keep all cast weights alive."""
-        return dict(device_type=self.kind, dtype=torch.get_autocast_dtype(self.kind), cache_enabled=not weights,
-                    enabled=torch.is_autocast_enabled(self.kind))
-
-    def watch(self, coefficients, fx):
-        """Integers have no inf or NaN, and wrap silently. So the norms of f(p) are recorded, as floats."""
-        if self.lower.dtype == torch.int64:
-            self.norms.append((coefficients, torch.linalg.vector_norm(fx, dtype=wide(fx.dtype))))
-
-    def verify(self):
-        """Both states began as p_0, so with the first step undone they must be equal. Steps are one-to-one: a wrong bit cannot vanish."""
-        if self.model.config.verify and self.lower.dtype == torch.int64:
-            self.model.mismatches += sum((p_prev != p).sum() for p_prev, p in self.slices(self.lower, self.upper))
-
-    def last_state(self):
-        """The last state as floats (B, T, C): NaN if an f(p) was inf or NaN, or if an element may have left the range of integers."""
-        last = to_float(self.upper, self.dtype)
-        if self.upper.dtype == torch.int64:
-            last.add_(torch.where(self.bound() < 2**31, 0.0, math.nan))         # an if would wait for the GPU
-        self.norms.clear()
-        return last
-
-    def bound(self):
+    def evaluate(self, f, p):
         """
-        No element of a state, or of n * p_prev + m * p, is larger than this in absolute value. The norm of f(p) bounds its elements.
-        As a + b = 1, the difference d = p - p_prev becomes d_next = -a * d + c * f(p), and a state is p_0 plus all differences so far.
-        So one f(p) adds at most |c| * gain * its norm to any state: gain is 1 in the last step, else 1 + |a| * gain of the step above.
+        (x, f(x)), where x is p (S, T, C) as floats. The way up builds the graph too: without it attention and
+        torch.compile may choose kernels that round differently from those of the way down.
         """
-        (_, bound), *norms = self.norms         # norms has one entry per slice and step
-        gain, a_above, widest = 1.0, 0.0, 1
-        for i in reversed(range(0, len(norms), self.n_slices)):                 # the first slice of every step
-            n, m, c, bits, _ = norms[i][0]
-            gain, a_above, widest = 1 + a_above * gain, abs(n) / 2**bits, max(widest, abs(n) + abs(m))
-            bound = bound + abs(c) * gain * torch.stack([norm for _, norm in norms[i:i + self.n_slices]]).max()
-        return widest * bound
+        x = to_float(p, self.dtype).requires_grad_()
+        with torch.enable_grad(), torch.autocast(**self.autocast):
+            return x, f(x, self.cache)
+
+    def watch(self, p, v, fx, coefficients):
+        """Integers wrap silently, and know no inf or NaN. So this bounds the values of a step beforehand."""
+        if p.dtype == torch.int64:
+            a, c, n, *_ = coefficients
+            p, v, fx = (torch.stack(x.aminmax()).to(self.largest.dtype).abs().max() for x in (p, v, fx))
+            bounds = abs(n) * v, p + abs(a) * v + abs(c) * ONE * fx
+            self.largest = torch.stack((self.largest, *bounds)).max()
+
+    def end(self):
+        """Steps are one-to-one, so a bit that was rebuilt wrong cannot vanish: v is not 0 at the bottom."""
+        if self.model.config.verify and self.model.config.exact:
+            self.model.mismatches += self.v.count_nonzero()
+
+def n_slices(B, T, slice_tokens):
+    """Equal ones, if less than twice the least number will do: torch.compile compiles each size anew."""
+    least = min(B, math.ceil(B * T / slice_tokens))
+    return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
 # -----------------------------------------------------------------------------
-# the states: int64 with 32 fractional bits, because floats cannot undo an addition and integers can.
-# The functions take float states (exact=False) as well; rebuilt states then drift, as in the paper.
+# the states as numbers: int64 with 32 fractional bits; float states (exact=False) work as well
 
-ONE = 2**32         # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
+ONE = 2**32                 # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
-def advance(p_prev, p, fx, coefficients):
-    """p_next = a * p_prev + b * p + c * f(p) in the memory of p_prev, and the bits that were cut off; states (S, T, C)."""
-    n, m, c, bits, _ = coefficients
-    s = p_prev                                              # each line is one pass over memory: the ifs skip multiplying by 1 and adding 0
-    if n == -1: s.neg_()                                    # n * p_prev; on integers neg_ is four times as fast as mul_
-    elif n != 1: s.mul_(n)
-    if m != 0: s.add_(p, alpha=m)                           # + m * p
-    cut_off = pack(s, bits) if bits else None
-    if bits: s.bitwise_right_shift_(bits)                   # / 2^bits
-    return s.add_(to_state(c, fx, s.dtype)), cut_off        # + c * f(p)
+def kick(v, fx, coefficients):
+    """v = -a * v + c * f(p), in place, both (S, T, C). Returns the bits that dividing cut off, or None."""
+    _, c, n, bits, _ = coefficients
+    multiply(v, -n)                                         # -a * v
+    cut_off = pack(v, bits) if bits else None
+    if bits:
+        v.bitwise_right_shift_(bits)                        # / 2^bits
+    v.add_(to_state(c, fx, v.dtype))                        # + c * f(p)
+    return cut_off
 
-def rebuild(p_next, p, fx, cut_off, coefficients):
-    """p_prev = (p_next - b * p - c * f(p)) / a in the memory of p_next: advance() undone, its last line first."""
-    n, m, c, bits, inverse = coefficients
-    s = p_next.sub_(to_state(c, fx, p_next.dtype))          # - c * f(p)
-    if bits: s.bitwise_left_shift_(bits).bitwise_or_(unpack(cut_off, bits, s.shape))       # * 2^bits
-    if m != 0: s.sub_(p, alpha=m)                           # - m * p
-    if n == -1: s.neg_()                                    # / n
-    elif n != 1: s.mul_(inverse)
-    return s
+def unkick(v, fx, cut_off, coefficients):
+    """v = (v - c * f(p)) / -a, in place: kick() undone, its last line first."""
+    _, c, _, bits, inverse = coefficients
+    v.sub_(to_state(c, fx, v.dtype))                        # - c * f(p)
+    if bits:
+        v.bitwise_left_shift_(bits)                         # * 2^bits
+        v.bitwise_or_(unpack(cut_off, bits, v.shape))       # the bits again
+    multiply(v, inverse)                                    # / -a
+
+def multiply(v, n):
+    """In place. Most a are 1 or -1, and on integers neg_ is four times as fast as mul_."""
+    if n == -1:
+        v.neg_()
+    elif n != 1:
+        v.mul_(n)
 
 def integer_inverse(n):
-    """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there (check_config refuses even ones)."""
+    """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there."""
     return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
 
 def wide(dtype):
@@ -474,18 +557,18 @@ def wide(dtype):
 
 def to_state(c, x, dtype):
     """c * x as a state, in new memory."""
-    x = x.detach().to(wide(x.dtype), copy=True).mul_(c * ONE if dtype == torch.int64 else c)
-    return x.round_().long() if dtype == torch.int64 else x
+    x = x.detach().to(wide(x.dtype), copy=True)
+    return x.mul_(c * ONE).round_().long() if dtype == torch.int64 else x.mul_(c)
 
 def to_float(p, dtype):
     return p.to(wide(dtype)).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
 
-def pack(s, bits):
-    """The low bits of every element of s, in slots of 1, 2, 4 or 8 bits, several slots to a byte."""
+def pack(v, bits):
+    """The low bits of every element, in slots of 1, 2, 4 or 8 bits, several slots to a byte."""
     slot = 1 << (bits - 1).bit_length()
-    low = (s & (2**bits - 1)).to(torch.uint8).flatten()
+    low = (v & (2**bits - 1)).to(torch.uint8).flatten()
     low = F.pad(low, (0, -low.numel() % (8 // slot))).view(-1, 8 // slot)
-    return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=s.device)).sum(1, dtype=torch.uint8)      # slots do not overlap
+    return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=v.device)).sum(1, dtype=torch.uint8)
 
 def unpack(packed, bits, shape):
     """What pack() packed, as int64 of this shape."""
@@ -494,54 +577,21 @@ def unpack(packed, bits, shape):
     return (low & (2**bits - 1)).flatten()[:math.prod(shape)].view(shape).long()
 
 # -----------------------------------------------------------------------------
-# the loss: the logits of 1024 tokens at GPT-2's vocabulary take 200 MB in float32, many times the states
-
-def head(weight):
-    """
-    The weight (V, C) of the logits, detached. Under autocast its mean row is subtracted, and it has autocast's dtype. That shifts all
-    logits of a token by the same number, so loss and gradients do not change. Logits near -100, as in GPT-2, have steps of 0.5 in bfloat16.
-    """
-    kind, weight = weight.device.type, weight.detach()
-    if not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:        # autocast leaves float64 alone
-        return weight
-    return (weight - weight.mean(0)).to(torch.get_autocast_dtype(kind))
+# what the loss is made of
 
 def cross_entropy(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
 
-def chunk_loss(norm, criterion, x, weight, *rows):              # x (n, C), weight (V, C), rows (n, ...)
-    return criterion(F.linear(norm(x), weight).to(wide(x.dtype)), *rows)                    # logits (n, V)
+def chunk_loss(norm, criterion, x, weight, *rows):          # x (n, C), weight (V, C), rows (n, ...)
+    return criterion(F.linear(norm(x), weight).to(wide(x.dtype)), *rows)            # logits (n, V)
 
-class ChunkedLoss(torch.autograd.Function):
+def head(weight):
     """
-    The sum of f(x, weight, *rows) over chunks of x (N, C) and rows (N, ...), divided by count. The gradients of a chunk are
-    computed while its logits exist: logits never outlive their chunk, and are never computed twice. Sums are in float32 or wider.
+    The weight (V, C) of the logits, a leaf. Under autocast it is cast, without its mean row: that moves all
+    logits of a token alike, so the loss is the same. GPT-2's lie near -100, where bfloat16 has steps of 0.5.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, rows, f, count, chunk, with_grad, *norm_weights):
-        w, dtype = head(weight), wide(x.dtype)
-        leaves = [w.requires_grad_(), *norm_weights] if with_grad and weight.requires_grad else norm_weights
-        total = torch.zeros((), dtype=dtype, device=x.device)
-        grad_x = torch.empty_like(x, dtype=dtype) if with_grad else None
-        grads = [torch.zeros_like(leaf, dtype=dtype) for leaf in leaves]
-        for i in range(0, len(x), chunk):
-            x_i = x[i:i + chunk].detach().requires_grad_(with_grad)
-            with torch.set_grad_enabled(with_grad):
-                loss = f(x_i, w, *(y[i:i + chunk] for y in rows))                           # of one chunk
-            total += loss.detach()
-            if with_grad:
-                grad_x[i:i + chunk], *new = torch.autograd.grad(loss, (x_i, *leaves))
-                for grad, g in zip(grads, new):
-                    grad += g
-        ctx.grads = [g.div_(count) for g in (grad_x, *grads)] if with_grad else None
-        return total / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        if ctx.grads is None:
-            raise RuntimeError('an earlier backward pass has used up these gradients: run forward again')
-        grad_x, *grads = (grad.mul_(g) for grad in ctx.grads)   # in place: they may be the largest tensors of all
-        ctx.grads = None
-        return grad_x, grads.pop(0) if ctx.needs_input_grad[1] else None, None, None, None, None, None, *grads
+    kind = weight.device.type
+    leaf = weight.detach()
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:       # autocast leaves that alone
+        leaf = (leaf - leaf.mean(0)).to(torch.get_autocast_dtype(kind))
+    return leaf.requires_grad_(weight.requires_grad)

@@ -3,7 +3,7 @@ The figures in assets/, drawn from what is in results/ by one command:
 
     pip install matplotlib && python assets/figures.py
 
-FIGURES lists all but states, loss and bits, each with its file in results/; files of GPU runs are drawn too.
+FIGURES lists all but states, loss and bits, each with its file in results/. Files of GPU runs are drawn, too.
 """
 import csv
 import glob
@@ -11,22 +11,29 @@ import json
 import os
 import re
 import statistics
-import sys
 from collections import defaultdict
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit('assets/figures.py needs matplotlib: pip install matplotlib')
+import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-plt.rcParams.update({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
-                     'axes.spines.top': False, 'axes.spines.right': False})
+plt.rcParams.update({
+    'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3, 'figure.constrained_layout.use': True,
+    'axes.spines.top': False, 'axes.spines.right': False})
 # the palette of Okabe and Ito, which colour-blind people can tell apart
-COLORS = dict(standard='#000000', checkpointed='#808080', midpoint='#0072B2', leapfrog='#009E73', symplectic='#E69F00',
-              midpoint_a='#CC79A7', midpoint_sum='#D55E00', revlib='#56B4E9', bdia='#56B4E9')
-NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream', 'leapfrog': 'reversible'}
+COLORS = dict(standard='#000000', checkpointed='#808080', midpoint='#0072B2', leapfrog='#009E73',
+              symplectic='#E69F00', midpoint_a='#CC79A7', midpoint_sum='#D55E00', bdia='#56B4E9')
+NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream',
+         'leapfrog': 'reversible'}
+PAPER = {'standard': 6, 'midpoint': 58}     # the paper's largest batches of GPT-2 small in 24 GB
+
+def read(path):
+    with open(path) as file:
+        return json.load(file)
+
+def read_csv(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
 
 def color(case):
     return COLORS[case.replace(',', '/').split('/')[0]]
@@ -35,42 +42,61 @@ def ink(case):
     """The same colour for words, a quarter darker: lines can be paler than letters."""
     return [0.75 * part for part in matplotlib.colors.to_rgb(color(case))]
 
+def name_of(case):
+    return NAMES.get(case, case)
+
+def note(axes, text, point, place, **style):
+    """Words beside a point, so many points of print away from it."""
+    axes.annotate(text, point, xytext=place, textcoords='offset points', va='center', **style)
+
 def label_ends(axes, ends):
     """Names beside the ends of lines, name -> (x, y), moved apart until none covers another."""
-    names, gap = sorted(ends, key=lambda name: ends[name][1]), 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    names = sorted(ends, key=lambda name: ends[name][1])
     heights = [ends[name][1] for name in names]
     for _ in range(100):
         for i in range(1, len(heights)):
             short = max(0, gap - (heights[i] - heights[i - 1]))
-            heights[i - 1:i + 1] = heights[i - 1] - short / 2, heights[i] + short / 2
+            heights[i - 1] -= short / 2
+            heights[i] += short / 2
     for name, height in zip(names, heights):
-        axes.annotate(name, (ends[name][0], height), xytext=(5, 0), textcoords='offset points', va='center', color=ink(name))
+        note(axes, name, (ends[name][0], height), (5, 0), color=ink(name))
+
+# -----------------------------------------------------------------------------
+# memory and time, of bench.py
 
 def depth(rows, axes):
-    last = rows[0]['layers'][-1]
-    top = 1.05 * max(row[f'{last} layers'] for row in rows if row['case'] != 'standard') / 1e3      # standard leaves the picture
+    first, *_, last = rows[0]['layers']
+    others = [row[f'{last} layers'] for row in rows if row['case'] != 'standard']
+    top = 1.05 * max(others) / 1e3          # standard leaves the picture
     for row, line in zip(rows, ('-', '-', '--', ':', '-')):
         peaks = [row[f'{n} layers'] / 1e3 for n in row['layers']]
         axes.plot(row['layers'], peaks, line, color=color(row['case']), linewidth=2)
-        end = (last, peaks[-1]) if peaks[-1] <= top else (row['layers'][0] + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top)
-        axes.annotate(NAMES.get(row['case'], row['case']), end, xytext=(5, 0), textcoords='offset points', va='center',
-                      color=ink(row['case']), annotation_clip=False)
-    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), xticks=range(0, last + 1, 6), ylim=(0, top))
+        end = last, peaks[-1]
+        if peaks[-1] > top:
+            end = first + (top - peaks[0]) / (row['MB per layer'] / 1e3), 0.97 * top
+        note(axes, name_of(row['case']), end, (5, 0), color=ink(row['case']), annotation_clip=False)
+    axes.set(xlabel='layers', ylabel='GB of activations', xlim=(0, 1.5 * last), xticks=range(0, last + 1, 6),
+             ylim=(0, top))
 
 def curve(rows, axes):
     for axis, n in zip(axes, dict.fromkeys(row['layers'] for row in rows)):
         for row, height in zip([row for row in rows if row['layers'] == n], (0.9, 0.75, 0.6)):
-            places = [i / len(row['highest']) for i in range(len(row['highest']))]
-            axis.fill_between(places, [x / 1e3 for x in row['highest']], color=color(row['case']), linewidth=0)
-            axis.text(1, height, f"{NAMES.get(row['case'], row['case'])}: peak {row['peak MB'] / 1e3:.1f} GB", ha='right', color=ink(row['case']),
-                      weight='bold', transform=axis.transAxes)
-        axis.set(title=f'{n} layers', xlabel='forward, then backward, in the order of allocations', xticks=[], xlim=(0, 1.15), ylim=0)
+            heights = [x / 1e3 for x in row['highest']]
+            places = [i / len(heights) for i in range(len(heights))]
+            axis.fill_between(places, heights, color=color(row['case']), linewidth=0)
+            axis.text(1, height, f"{name_of(row['case'])}: peak {row['peak MB'] / 1e3:.1f} GB", ha='right',
+                      color=ink(row['case']), weight='bold', transform=axis.transAxes)
+        axis.set(title=f'{n} layers', xlabel='forward, then backward, in the order of allocations', xticks=[],
+                 xlim=(0, 1.15), ylim=0)
     axes[0].set_ylabel('GB, without weights and optimizer state')
 
 def batch(rows, axes):
     rows = [row for row in rows if row['GB'] == 24]
-    bars = [(NAMES.get(row['case'], row['case']), row['batch'], color(row['case'])) for row in rows if row['case'] not in ('midpoint', 'symplectic')]
-    bars += [(f"the paper's {row['case']}", row["the paper's"], color(row['case'])) for row in rows if row["the paper's"]]
+    bars = [(name_of(row['case']), row['batch'], color(row['case'])) for row in rows
+            if row['case'] not in ('midpoint', 'symplectic')]
+    bars += [(f"the paper's {case}", size, color(case)) for case, size in PAPER.items()]
     names, sizes, colors = zip(*bars)
     axes.barh(names, sizes, color=colors)
     for i, size in enumerate(sizes):
@@ -80,31 +106,45 @@ def batch(rows, axes):
     axes.set(xlabel='largest batch in 24 GB: sequences of 1024 tokens', xlim=(0, 1.15 * max(sizes)))
 
 def frontier(rows, axes):
-    for case, line, text, end, place, side in (     # end: 0, all layers stored; -1, none
-            ('standard', '-', 'checkpointed', 0, (-8, 0), 'right'), ('checkpointed/sliced', '--', 'in slices', -1, (7, 0), 'left'),
-            ('checkpointed/bf16', ':', 'bf16 stream', -1, (-8, 0), 'right'), ('leapfrog', '-', 'reversible', 0, (-8, 0), 'right')):
+    for case, line, text, end, place, side in (                 # end: 0, all layers stored; -1, none
+            ('standard', '-', 'checkpointed', 0, (-8, 0), 'right'),
+            ('checkpointed/sliced', '--', 'in slices', -1, (7, 0), 'left'),
+            ('checkpointed/bf16', ':', 'bf16 stream', -1, (-8, 0), 'right'),
+            ('leapfrog', '-', 'reversible', 0, (-8, 0), 'right')):
         points = sorted((row['work'], row['MB per sequence']) for row in rows if row['case'] == case)
         its = case if case == 'leapfrog' else 'checkpointed'
         axes.plot(*zip(*points), line, marker='o', color=color(its))
-        axes.annotate(text, points[end], xytext=place, textcoords='offset points', ha=side, va='center', color=ink(its))
+        note(axes, text, points[end], place, ha=side, color=ink(its))
     axes.annotate('all layers stored', (1, points[0][1]), xytext=(8, 4), textcoords='offset points')
-    axes.annotate('none', points[-1], xytext=(8, 0), textcoords='offset points', va='center')
-    axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(0.92, 1.27), xticks=(1, 1.1, 1.2))
+    note(axes, 'none', points[-1], (8, 0))
+    axes.set(xlabel='operations of a step, standard = 1', ylabel='MB per sequence', ylim=0, xlim=(0.92, 1.27),
+             xticks=(1, 1.1, 1.2))
+
+SHOWN = ('standard', 'checkpointed', 'midpoint', 'leapfrog', 'leapfrog/half', 'leapfrog/all', 'symplectic',
+         'midpoint_a', 'midpoint_sum')
 
 def throughput(rows, axes):
-    rows = [row for row in rows if row['tokens/s'] and row['case'] in SHOWN]
     for row in rows:
-        name = row['case'].replace('/', ', ') + ' stored' * ('/' in row['case']) + (f", {row['GB']:g} GB" if row['GB'] else '')
+        if row['case'] not in SHOWN or not row['tokens/s']:
+            continue
+        name = row['case'].replace('/', ', ')
+        if '/' in row['case']:
+            name += ' stored'
+        if row['GB']:
+            name += f", {row['GB']:g} GB"
         axes.plot([row['lowest'], row['highest']], [name] * 2, linewidth=2, color=color(row['case']))
         axes.plot(row['tokens/s'], name, 'o', markersize=9, color=color(row['case']))
     axes.invert_yaxis()
     axes.set(xlabel='tokens/s: median, lowest and highest turn', xlim=0)
 
-SHOWN = ('standard', 'checkpointed', 'midpoint', 'leapfrog', 'leapfrog/half', 'leapfrog/all', 'symplectic', 'midpoint_a', 'midpoint_sum')
+# -----------------------------------------------------------------------------
+# exactness and schemes
 
 def drift(rows, axes):
     for row in rows:
-        if row['dtype'] == 'bfloat16' and row['states'] == 'float' and row['weights'] in ('x8', 'trained') and row['case'] != 'midpoint_a':
+        if row['dtype'] != 'bfloat16' or row['states'] != 'float' or row['case'] == 'midpoint_a':
+            continue
+        if row['weights'] in ('x8', 'trained'):
             errors = row['gradient_errors']
             axes.plot([j / len(errors) for j in range(len(errors))], errors, color=color(row['case']),
                       linestyle='-' if row['weights'] == 'trained' else '--')
@@ -112,15 +152,16 @@ def drift(rows, axes):
         axes.text(0.98, y, scheme, ha='right', va='top', transform=axes.transAxes, color=ink(scheme))
     axes.text(0.17, 0.25, 'weights x8')
     axes.text(0.02, 1e-3, 'trained weights')
-    axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log', ylim=(1e-5, 3),
-             title='float states, bfloat16')
+    axes.set(xlabel='depth of the layer, 0: the first', ylabel='relative error of its gradient', yscale='log',
+             ylim=(1e-5, 3), title='float states, bfloat16')
 
 def stability(rows, axes):
     """The growth of a perturbation through trained models."""
     trained = [row for row in rows if 'checkpoint' in row]
     layers = min(len(row['up']) for row in trained) - 1                 # symplectic has two steps per layer
-    for axis, direction, title, label in zip(axes, ('up', 'down'), ('forward', 'backward'), (
-            'layers, from the embedding up', 'layers, from the last states down')):
+    for axis, direction, title, label in (
+            (axes[0], 'up', 'forward', 'layers, from the embedding up'),
+            (axes[1], 'down', 'backward', 'layers, from the last states down')):
         lines = {row['case']: row[direction] for row in trained if row[direction]}
         for case, line in lines.items():
             axis.plot([layers * j / (len(line) - 1) for j in range(len(line))], line, color=color(case))
@@ -133,89 +174,105 @@ def loss(paths, axes):
     runs = defaultdict(list)
     for path in paths:
         scheme = re.match(r'(\w+?)(_h[\d.]+)?_lr', os.path.basename(path))[1]
-        with open(path, newline='') as file:
-            curve = [(int(row['step']), float(row['val_loss'])) for row in csv.DictReader(file) if row['val_loss']][1:]
-        runs[scheme].append(curve)
-    ends = {}
-    for name in sorted(runs, key=lambda name: statistics.mean(run[-1][1] for run in runs[name])):
-        last = [run[-1][1] for run in runs[name]]
-        axes[0].plot(*zip(*[(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*runs[name])]), color=COLORS[name])
-        ends[name] = runs[name][0][-1][0], statistics.mean(last)
+        points = [(int(row['step']), float(row['val_loss'])) for row in read_csv(path) if row['val_loss']]
+        runs[scheme].append(points[1:])                                 # not before the first step
+    means = {}
+    for name, curves in runs.items():
+        means[name] = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*curves)]
+    for name in sorted(means, key=lambda name: means[name][-1][1]):
+        axes[0].plot(*zip(*means[name]), color=COLORS[name])
+        last = [points[-1][1] for points in runs[name]]
         axes[1].plot(last, [name] * len(last), 'o', alpha=0.6, color=COLORS[name])
-        axes[1].plot(statistics.mean(last), name, '|', markersize=22, markeredgewidth=2.5, color=COLORS[name])
-    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds', xlim=(250, 1850),
-                xticks=range(300, 1501, 300), ylim=(1.45, None))
-    label_ends(axes[0], ends)
+        axes[1].plot(means[name][-1][1], name, '|', markersize=22, markeredgewidth=2.5, color=COLORS[name])
+    axes[0].set(xlabel='steps', ylabel='validation loss, nats per byte', title='means of three seeds',
+                xlim=(250, 1850), xticks=range(300, 1501, 300), ylim=(1.45, None))
+    label_ends(axes[0], {name: points[-1] for name, points in means.items()})
     axes[1].margins(y=0.1)
     axes[1].invert_yaxis()
     axes[1].set(xlabel='at the end: each run, and the mean', title='12 layers, 3.0M tokens')
     for label in axes[1].get_yticklabels():
         label.set_color(ink(label.get_text()))
 
-def bits(folder, axes):
-    """SmolLM2's loss above its teacher's, the mean of two texts: untuned from retrofit.py's tables, tuned from evaluate.py's report."""
-    lines = defaultdict(lambda: defaultdict(list))                      # which line -> bits -> nats above the teacher, one per text
+# -----------------------------------------------------------------------------
+# conversion, and the walk of the states
+
+def losses_of_bits(folder):
+    """
+    Which line -> bits -> nats above the teacher, one per text: untuned from the tables that smollm2.sh has
+    written, tuned from evaluate.py's report.
+    """
+    lines = defaultdict(lambda: defaultdict(list))
     for path in glob.glob(f'{folder}/untuned_*.txt'):
         with open(path) as file:
             content = file.read()
         teacher = float(re.search(r'^teacher, not reversible +all +(\S+)$', content, re.M)[1])
         # 8 bits are as good as all, and 0 cannot be drawn on a log axis
-        for title, k, loss in re.findall(r'^midpoint\(a\), (\S+ = -?|bits where they matter)\S* +(\S+) +(\S+)', content, re.M):
+        row = r'^midpoint\(a\), (\S+ = -?|bits where they matter)\S* +(\S+) +(\S+)'
+        for title, k, loss in re.findall(row, content, re.M):
             if float(k) < 8:
                 lines[title][float(k)].append(float(loss) - teacher)
-    with open(f'{folder}/scores.json') as file:
-        scores = {name: [text['loss'] for text in found['datasets'].values()] for name, found in json.load(file).items()}
+    scores = {}
+    for name, found in read(f'{folder}/scores.json').items():
+        scores[name] = [text['loss'] for text in found['datasets'].values()]
     teacher = next(losses for name, losses in scores.items() if not name.endswith('.pt'))
     for name, losses in scores.items():
-        if k := re.search(r'out_retrofit_smollm2/midpoint_a_([\d.]+)bit/', name):
-            lines['tuned'][float(k[1])] += [loss - other for loss, other in zip(losses, teacher)]
+        bits = re.search(r'out_retrofit_smollm2/midpoint_a_([\d.]+)bit/', name)
+        if bits:
+            lines['tuned'][float(bits[1])] += [loss - other for loss, other in zip(losses, teacher)]
+    return lines
+
+def bits(folder, axes):
+    """SmolLM2's loss above its teacher's, the mean of two texts."""
+    lines = losses_of_bits(folder)
     for title, text, place, scheme in (
             ('a = ', 'a > 0', (24, 0), 'checkpointed'), ('a = -', 'a < 0', (24, 0), 'midpoint'),
             ('bits where they matter', 'a < 0, bits\nwhere they\nmatter', (-4, -28), 'symplectic'),
             ('tuned', 'the same, tuned', (58, 0), 'leapfrog')):
         points = sorted((k, statistics.mean(losses)) for k, losses in lines[title].items())
         axes.plot(*zip(*points), marker='o', color=COLORS[scheme])
-        axes.annotate(text, points[-1], xytext=place, textcoords='offset points', ha='center', va='center', color=ink(scheme))
-    axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's", yscale='log', xlim=(-0.2, 4.4))
+        note(axes, text, points[-1], place, ha='center', color=ink(scheme))
+    axes.set(xlabel='bits kept per element and layer', ylabel="nats per token above the teacher's",
+             yscale='log', xlim=(-0.2, 4.4))
 
 def states(_, axes):
-    """The walk of two states: up, each step from the last two; down, the same by the line solved for p_prev."""
-    for y, kept, direction in ((1, (4, 5), 1), (0, (-1, 0), -1)):
+    """The walk of two states: up, each step from the last two; down, the same, solved for p_prev."""
+    green = COLORS['leapfrog']
+    arrow = dict(arrowstyle='->', linewidth=1.5)
+    around = dict(arrowstyle='->', color='#808080', connectionstyle='arc3,rad=-0.25')
+    for y, kept, way in ((1, (4, 5), 1), (0, (-1, 0), -1)):
         for k in range(-1, 6):
-            axes.text(k, y, f'$p_{{{k}}}$', ha='center', va='center', size=14 if k >= 0 else 10, color='white' if k in kept else 'black', bbox=dict(
-                boxstyle='circle', facecolor=COLORS['leapfrog'] if k in kept else 'white', edgecolor=COLORS['leapfrog'], linewidth=2))
+            inside, letters = (green, 'white') if k in kept else ('white', 'black')
+            circle = dict(boxstyle='circle', facecolor=inside, edgecolor=green, linewidth=2)
+            axes.text(k, y, f'$p_{{{k}}}$', ha='center', va='center', size=14 if k >= 0 else 10,
+                      color=letters, bbox=circle)
         for k in range(5):                      # f_{k+1} is evaluated at p_k; the other state goes around it
-            axes.annotate('', (k + 0.8 * direction, y), (k + 0.2 * direction, y), arrowprops=dict(arrowstyle='->', linewidth=1.5))
-            axes.text(k + 0.5 * direction, y - 0.2 * direction, f'$f_{k + 1}$', ha='center', va='center', size=11)
-            axes.annotate('', (k + direction, y + 0.17 * direction), (k - direction, y + 0.17 * direction), arrowprops=dict(
-                arrowstyle='->', color='#808080', connectionstyle='arc3,rad=-0.25'))
+            axes.annotate('', (k + 0.8 * way, y), (k + 0.2 * way, y), arrowprops=arrow)
+            axes.text(k + 0.5 * way, y - 0.2 * way, f'$f_{k + 1}$', ha='center', va='center', size=11)
+            axes.annotate('', (k + way, y + 0.17 * way), (k - way, y + 0.17 * way), arrowprops=around)
     axes.text(5.5, 1, 'forward: only the last\ntwo states are kept', va='center')
-    axes.text(5.5, 0, 'backward: each state is rebuilt\nfrom the two to its right, down\nto the embedding, $p_{-1} = p_0$', va='center')
+    axes.text(5.5, 0, 'backward: each state is rebuilt\nfrom the two to its right, down\nto the embedding, '
+              '$p_{-1} = p_0$', va='center')
     axes.set(xlim=(-1.5, 8.2), ylim=(-0.6, 1.6))
     axes.axis('off')
 
-FIGURES = {         # name: (file in results/, lines, columns, width, height)
-    'curve': ('curve_gpt2_counted', 1, 2, 10, 4), 'depth': ('depth_gpt2_counted', 1, 1, 8, 4), 'batch': ('batch_gpt2_counted', 1, 1, 8, 3.5),
-    'frontier': ('frontier_gpt2_counted', 1, 1, 7, 4), 'throughput': ('throughput_cpu', 1, 1, 8, 4), 'drift': ('drift_cpu', 1, 1, 7, 4),
-    'stability': ('stability', 1, 2, 10, 4)}
+FIGURES = {         # name: (file in results/, columns, width, height)
+    'curve': ('curve_gpt2_counted', 2, 10, 4), 'depth': ('depth_gpt2_counted', 1, 8, 4),
+    'batch': ('batch_gpt2_counted', 1, 8, 3.5), 'frontier': ('frontier_gpt2_counted', 1, 7, 4),
+    'throughput': ('throughput_cpu', 1, 8, 4), 'drift': ('drift_cpu', 1, 7, 4),
+    'stability': ('stability', 2, 10, 4)}
 
-def draw(name, found, lines=1, columns=1, width=7, height=4):
-    figure, axes = plt.subplots(lines, columns, figsize=(width, height))
-    globals()[name.removesuffix('_gpu')](found, axes.flat if lines * columns > 1 else axes)
+def draw(name, found, columns=1, width=7, height=4):
+    figure, axes = plt.subplots(1, columns, figsize=(width, height))
+    globals()[name.removesuffix('_gpu')](found, axes)
     os.makedirs('assets', exist_ok=True)
     figure.savefig(f'assets/{name}.png', dpi=110, metadata={'Software': None})
     plt.close(figure)
     print(f'assets/{name}.png')
 
-if not os.path.isdir('results'):
-    sys.exit('there is no folder results here: run it from the root of the repository')
 draw('states', None, width=9, height=3)
-for figure, (file, *size) in FIGURES.items():
-    for name, path in ((figure, f'results/{file}.json'), (f'{figure}_gpu', f'results/{figure}_gpu.json')):
-        if os.path.exists(path):
-            with open(path) as content:
-                draw(name, json.load(content)['rows'], *size)
-if logs := sorted(glob.glob('results/compare/*_12layers_1465steps_seed[234].csv')):
-    draw('loss', logs, 1, 2, 10, 4)
-if os.path.exists('results/smollm2/scores.json'):
-    draw('bits', 'results/smollm2')
+for name, (file, *size) in FIGURES.items():
+    draw(name, read(f'results/{file}.json')['rows'], *size)
+    if os.path.exists(f'results/{name}_gpu.json'):
+        draw(f'{name}_gpu', read(f'results/{name}_gpu.json')['rows'], *size)
+draw('loss', sorted(glob.glob('results/compare/*_12layers_1465steps_seed[234].csv')), 2, 10, 4)
+draw('bits', 'results/smollm2')

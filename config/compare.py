@@ -1,20 +1,18 @@
 """
-A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. results/compare.py makes all of its runs.
+A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. results/compare.py makes all runs.
 
-    python train.py config/compare.py --scheme=leapfrog --h=0.25 --learning_rate=2e-3 --seed=1 --out_dir=out_compare_one
+    python train.py config/compare.py --scheme=leapfrog --h=0.25 --seed=1 --out_dir=out_compare_one
 
-2048 tokens per step = 16 sequences x 128 bytes. All layers are stored, for speed: the gradients are the same, bit for bit.
+2048 tokens per step = 16 sequences x 128 bytes. All layers are stored, for speed: the gradients are the same.
 """
 dataset = 'python'
 batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 128
-
 n_layer = 12
 n_head = 2
 n_embd = 64
 stored_layers = 12
-
 learning_rate = 2e-3
 min_lr = 2e-4
 max_iters = 1465

@@ -1,7 +1,8 @@
 """
-SmolLM2-135M, fine-tuned on text of your own as a reversible model, from the first step, without a retrofit before.
+SmolLM2-135M, fine-tuned on text of your own as a reversible model from the first step, without a retrofit.
 
-    pip install tokenizers && python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
+    pip install tokenizers
+    python data/text/prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     python train.py config/finetune_smollm2.py --bits=4         # without --bits: the standard model
 
 102,400 tokens = 25 steps of 4 sequences x 1024.

@@ -10,12 +10,10 @@ dataset = 'python'
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 256
-
 scheme = 'standard'
 n_layer = 8
 n_head = 5
 n_embd = 160
-
 learning_rate = 2e-3
 min_lr = 1e-4
 max_iters = 3000

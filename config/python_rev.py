@@ -10,13 +10,11 @@ dataset = 'python'
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128
-
 scheme = 'leapfrog'     # the default
 h = 0.5                 # did better in this shape than the default, 0.25, in one run: see results/schemes.md
 n_layer = 4
 n_head = 4
 n_embd = 128
-
 learning_rate = 4e-3
 min_lr = 1e-4
 max_iters = 1750

@@ -1,8 +1,7 @@
 """
-A standard GPT on the source code of Python's standard library, small enough to be trained in minutes on a CPU: the
-teacher of config/retrofit_python.py, which trains it if need be.
+A standard GPT on the source code of Python's standard library: the teacher of config/retrofit_python.py.
 
-    python data/python/prepare.py && python train.py config/python_teacher.py
+    python data/python/prepare.py && python train.py config/python_teacher.py           # minutes on a CPU
 
 2048 tokens per step = 16 sequences x 128 bytes; 2.9M in all. 1.6M parameters.
 """
@@ -11,7 +10,6 @@ dataset = 'python'
 batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 128
-
 scheme = 'standard'
 n_layer = 8
 n_head = 4
@@ -22,7 +20,6 @@ min_lr = 1e-4
 max_iters = 1400
 warmup_iters = 100
 beta2 = 0.99
-eval_interval = 1400
 eval_windows = 512
 log_interval = 100
 dtype = 'bfloat16'      # half as long again in float32

@@ -1,9 +1,10 @@
 """
-GPT-2 (124M) made reversible, with two bits per element and layer. --bits=0 keeps none, and is much harder: see results/conversion.md.
+GPT-2 (124M) made reversible, with two bits per element and layer.
+--bits=0 keeps none, which is much harder: see results/conversion.md.
 
     python data/openwebtext/prepare.py --subsets=1
-    torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py        # or python retrofit.py ...
-    python sample.py --init_from=out_retrofit_gpt2/midpoint_a_2bit/last.pt
+    torchrun --standalone --nproc_per_node=8 retrofit.py config/retrofit_gpt2.py    # or python retrofit.py
+    python sample.py --init_from=out_retrofit_gpt2/last.pt
 
 131,072 tokens per step = 16 sequences x 1024 tokens x 8 micro-batches; 262M in all.
 """

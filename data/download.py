@@ -2,12 +2,11 @@
 What the scripts share: a file gets its final name when it is whole and verified, not before.
 
     from data.download import download
-    download(url, 'weights.bin')    # an interrupted run leaves weights.bin.part, the next one continues from it
+    download(url, 'weights.bin')
 
-download() streams, so memory does not grow with the file, and gives up with one sentence (SystemExit).
-Every data/NAME/prepare.py writes train.bin.part and val.bin.part, then calls publish_dataset().
+An interrupted run leaves weights.bin.part, and the next one continues from it. Every data/NAME/prepare.py
+writes train.bin.part and val.bin.part, then calls publish_dataset().
 """
-import errno
 import hashlib
 import json
 import os
@@ -30,26 +29,27 @@ except ImportError:
 
 PAUSES = (1, 2, 4, 8) # seconds between tries; there is one more try than pauses
 CHUNK = 1 << 16 # bytes; a connection that breaks loses the chunk it was in
-NO_ROOM = errno.ENOSPC, errno.EFBIG, errno.EDQUOT # what a full disk, a limit and a quota say
 
 # -----------------------------------------------------------------------------
 # from the network to a file
 
-def download(url, path, size=None, sha256=None, token=None):
-    """fetch url to path, unless it is there; size (bytes) and sha256 (hex) are verified if given; token: for a server that asks for one"""
-    path, part = Path(path), Path(f'{path}.part')
-    if path.exists():
-        if sha256 and digest(path) != sha256:
-            sys.exit(f'{path} is not the file published at {url}: delete it and run the command again')
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(path.parent):
-        if not path.exists(): # else another process has fetched it meanwhile
-            fetch_verified(url, path, part, size, sha256, token)
+def download(url, path, sha256=None, token=None):
+    """
+    Fetches url to path, unless it is there. Its sha256 (hex) is verified if you give it, or if the server
+    publishes it. Some servers ask for a token.
+    """
+    path = Path(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(path.parent):
+            if not path.exists(): # another process may have fetched it meanwhile
+                fetch_verified(url, path, sha256, token)
+    elif sha256 and digest(path) != sha256:
+        raise ValueError(f'{path} is not the file published at {url}: delete it and run the command again')
 
 @contextmanager
 def alone_in(folder):
-    """one process at a time, as those of torchrun start together; without such locks, all at once"""
+    """One process at a time, as those of torchrun start together. Without such locks, all at once."""
     if fcntl is None:
         yield
         return
@@ -60,34 +60,32 @@ def alone_in(folder):
     finally:
         os.close(descriptor)
 
-def fetch_verified(url, path, part, size, sha256, token):
-    """the file under its final name: several tries, then one sentence"""
+def fetch_verified(url, path, sha256, token):
+    part = Path(f'{path}.part')
     for pause in (*PAUSES, None):
         try:
-            published = fetch(url, part, size, token)
+            published = fetch(url, part, token)
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
             reason = f'status {status}' if status else type(error).__name__
-            if 400 <= status < 500 and status not in (408, 429): # these two mean: try later
-                sys.exit(f'cannot download {url} ({reason}): check the address')
-            if pause is None:
-                sys.exit(f'cannot download {url} ({reason}): check the connection and run the command again')
-            print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
-            time.sleep(pause)
-        except OSError as error:
-            sys.exit(f'{part} cannot be written ({error.strerror}): make room and run the command again: it continues from there')
+        if 400 <= status < 500 and status not in (408, 429): # these two mean: try later
+            raise ValueError(f'cannot download {url} ({reason}): check the address')
+        if pause is None:
+            raise ValueError(f'cannot download {url} ({reason}): check the connection, and run this again')
+        print(f'{path.name}: {reason}, trying again in {pause} s', file=sys.stderr)
+        time.sleep(pause)
 
     sha256 = sha256 or published
     if sha256 and digest(part) != sha256:
         part.unlink() # the next run would only resume it and end here again
-        sys.exit(f'{url} arrived with a wrong sha256 and was deleted: run the command again')
+        raise ValueError(f'{url} arrived with a wrong sha256 and was deleted: run the command again')
     publish(part, path)
 
-def fetch(url, part, size, token):
-    """one request for what part still lacks; then part is whole; returns the server's sha256, or None"""
+def fetch(url, part, token):
+    """One request for what part still lacks. Returns the sha256 that the server publishes, or None."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {'Accept-Encoding': 'identity'} # if compressed, lengths and ranges would not be those of the file
+    headers = {'Accept-Encoding': 'identity'} # the lengths of a compressed answer are not those of the file
     if token:
         headers['Authorization'] = f'Bearer {token}' # requests does not pass it on to another host
     if have:
@@ -95,37 +93,33 @@ def fetch(url, part, size, token):
 
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         status = response.status_code # 206: the rest, 200: all from the start, 416: nothing lies beyond have
-        if status != 416:
-            response.raise_for_status()
-        total = published_size(response) or size
-        if size and total != size:
-            sys.exit(f'{url} has {total} bytes instead of {size}: check the address')
+        total = published_size(response)
         if status == 200:
             have = 0
         if status != 416:
+            response.raise_for_status()
             with open(part, 'ab' if have else 'wb') as f, tqdm(
                     desc=part.stem, total=total, initial=have, unit='B', unit_scale=True) as bar:
                 for chunk in response.iter_content(CHUNK):
                     have += f.write(chunk)
                     bar.update(len(chunk))
 
-        if total is None and status == 200:
-            total = have # no length was promised, and the answer ended cleanly
-        if have != total:
-            if total is None or have > total:
-                part.unlink() # not a beginning of this file: start over
-            raise requests.ConnectionError(f'{have} bytes of {total}')
-        return published_sha256(response)
+    if total is None and status == 200:
+        total = have # no length was promised, and the answer ended cleanly
+    if have != total:
+        if total is None or have > total:
+            part.unlink() # not a beginning of this file: start over
+        raise requests.ConnectionError(f'{have} bytes of {total}')
+    return published_sha256(response)
 
 def published_size(response):
-    """bytes of the whole file, None where the server does not say"""
-    if response.status_code == 200:
-        return int(response.headers['Content-Length']) if 'Content-Length' in response.headers else None
+    """The bytes of the whole file, or None if the server does not say."""
     total = response.headers.get('Content-Range', '').rpartition('/')[2] # bytes 5-9/10, with a 416 bytes */10
-    return int(total) if total.isdigit() else None
+    total = total or response.headers.get('Content-Length')
+    return int(total) if total else None
 
 def published_sha256(response):
-    """hugging face gives it in the redirect to its storage, for large files; None elsewhere"""
+    """Hugging Face gives it for large files, in the redirect to its storage."""
     for answer in (*response.history, response):
         tag = answer.headers.get('X-Linked-ETag', '').strip('"')
         if re.fullmatch('[0-9a-f]{64}', tag):
@@ -138,31 +132,12 @@ def digest(path):
             sha256.update(chunk)
     return sha256.hexdigest()
 
-def crc32(path):
-    value = 0
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-def crc32_of_fields(meta):
-    """the CRC-32 of everything in meta.json except the checksums"""
-    return zlib.crc32(json.dumps({key: value for key, value in meta.items() if key != 'crc32'}, sort_keys=True).encode())
-
 def gpt2_encoding():
-    """GPT-2's tokens, which tiktoken downloads once"""
+    """GPT-2's tokens, which tiktoken downloads once."""
     try:
         return tiktoken.get_encoding('gpt2')
-    except requests.RequestException as error:
-        sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): check the connection")
-
-def in_a_sentence(kind, error, traceback):
-    """a sys.excepthook: an OSError is one sentence; other errors are shown as usual"""
-    if isinstance(error, OSError):
-        full = error.errno in (*NO_ROOM, None) # NumPy gives no number
-        print(f'{error}: is the disk full? make room and run the command again' if full else error, file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+    except requests.RequestException:
+        raise ValueError("GPT-2's vocabulary could not be downloaded: check the connection") from None
 
 # -----------------------------------------------------------------------------
 # from a .part to its final name
@@ -178,7 +153,7 @@ def write_atomically(path, data):
     publish(f'{path}.part', path)
 
 def publish_dataset(folder, **meta):
-    """the two .part are written: name them, write meta.json last, and print the counts"""
+    """The two .part are written: names them, writes meta.json last, and prints the counts."""
     (folder / 'meta.json').unlink(missing_ok=True) # that of an earlier run must not describe the new files
     meta['crc32'] = dict(meta=crc32_of_fields(meta))
     for split in ('train', 'val'):
@@ -188,3 +163,15 @@ def publish_dataset(folder, **meta):
         tokens = path.stat().st_size // np.dtype(meta['dtype']).itemsize
         print(f'{folder.name}/{path.name}: {tokens:,} tokens')
     write_atomically(folder / 'meta.json', json.dumps(meta).encode())
+
+def crc32(path):
+    value = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+def crc32_of_fields(meta):
+    """The CRC-32 of everything in meta.json except the checksums."""
+    fields = {key: value for key, value in meta.items() if key != 'crc32'}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())

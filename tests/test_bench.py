@@ -1,263 +1,335 @@
 """
-What must be true of bench.py, of the scripts in results/ and of assets/figures.py:  python -m pytest tests/test_bench.py
+What must be true of memory.py, bench.py, results/ and assets/:  python -m pytest tests/test_bench.py
 
-They measure what they say, on models so small that figures mean nothing: a row for every case, one for what does not fit,
-and a file that keeps what was found before an interruption. Nothing here depends on how fast anything is.
+They measure what they say, on models so small that figures mean nothing: a row for every case, one for what
+does not fit, and a file that keeps its rows at any time. Nothing here depends on how fast anything is.
 """
 import glob
-import importlib.util
+import importlib
+import io
 import json
 import math
 import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import model as model_py
-import runtime
-from model import GPT, GPTConfig
-from test_scripts import ROOT, Screen, complaint, place, run, whole      # noqa: F401, place and whole are fixtures
+import memory
+from memory import count_two_steps
+from model import GPT, GPTConfig, Tape
+from results.table import open_table, spread
+from runtime import count_parameters
+from test_scripts import ROOT, complaint, place, run, train, whole      # noqa: F401, two are fixtures
 
-needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from Linux /proc')
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, device='cpu')
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, slice_tokens=512)
 
-def command(mode, **flags):
-    return [os.path.join(ROOT, 'bench.py'), mode, *(f'--{name}={value}' for name, value in {**TINY, **flags}.items())]
+def count(B, T=32, dtype='float32', fake=False, micro_batches=1, **fields):
+    """The Count of such a model. Small ones are counted on real tensors sooner than on fake ones."""
+    config = GPTConfig(**{**TINY, 'vocab_size': 64, **fields})
+    return count_two_steps(lambda: GPT(config), B, T, dtype, fake, micro_batches)
 
-def bench(place, mode, **flags):
-    """(rows of its file, what it has written)."""
-    with pytest.MonkeyPatch.context() as here, redirect_stdout(Screen()) as screen:
-        here.chdir(place)
-        here.setattr(sys, 'argv', command(mode, json='rows.json', **flags))
-        runpy.run_path(os.path.join(ROOT, 'bench.py'), run_name='__main__')
-    return json.loads((place / 'rows.json').read_text())['rows'], screen.getvalue()
+# -----------------------------------------------------------------------------
+# memory.py
 
-SCHEMES = [dict(scheme='standard'), dict(scheme='standard', stored_layers=0), dict(scheme='midpoint'), dict(scheme='leapfrog'),
-           dict(scheme='symplectic'), dict(scheme='midpoint_a', a=0.5), dict(scheme='midpoint_sum'), dict(scheme='leapfrog', exact=False),
-           dict(scheme='leapfrog', stored_layers=2), dict(scheme='midpoint', dropout=0.1),
-           dict(scheme='midpoint_a', a=-1 / 16, norm='rmsnorm', mlp='swiglu', n_kv_head=1, rope_theta=1e4, tied=False, bias=False)]
+LLAMA = dict(norm='rmsnorm', mlp='swiglu', n_kv_head=1, rope_theta=1e4, tied=False, bias=False)
+SCHEMES = [
+    dict(scheme='standard'), dict(scheme='standard', stored_layers=0), dict(scheme='midpoint'),
+    dict(scheme='leapfrog'), dict(scheme='symplectic'), dict(scheme='midpoint_a', a=0.5),
+    dict(scheme='midpoint_sum'), dict(scheme='leapfrog', exact=False), dict(stored_layers=2),
+    dict(scheme='midpoint', dropout=0.1), dict(scheme='midpoint_a', a=-1 / 16, **LLAMA)]
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('scheme', SCHEMES, ids=str)
 def test_what_is_counted_without_memory_is_there_in_real_tensors_byte_for_byte(scheme, dtype):
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=32, vocab_size=64, slice_tokens=64, **scheme)
     found = []
     for fake in (True, False):
-        count = runtime.count_two_steps(lambda: GPT(config), 6, 32, dtype, fake)
-        curve = count.curve()
-        found.append((curve.max(), count.at(curve.argmax()), count.work, sorted((x.size, x.kind) for x in count.storages)))
+        counted = count(32, dtype=dtype, fake=fake, **scheme)
+        curve = counted.curve()
+        births = sorted((x.size, x.kind) for sign, x in counted.events if sign == 1)
+        found.append((curve.max(), counted.at(curve.argmax()), counted.work, births))
     assert found[0] == found[1]
-    parameters = runtime.count_parameters(GPT(config))
-    assert found[0][1]['weights'] == 4 * parameters and 8 * parameters <= found[0][1]['optimizer'] < 8 * parameters + 1000
+    peak, kinds, _, _ = found[0]
+    weights = kinds['weights']
+    assert sum(kinds.values()) == peak and 2 * weights <= kinds['optimizer'] < 2 * weights + 1000
+    assert weights == 4 * count_parameters(GPT(GPTConfig(**{**TINY, 'vocab_size': 64, **scheme})))
 
 def test_the_counter_sees_a_state_that_is_kept(monkeypatch):
     """A planted fault: a step that saves its state makes memory grow with depth."""
     def slope():
-        few, many = (runtime.count_two_steps(lambda: GPT(GPTConfig(n_layer=n, n_head=2, n_embd=32, block_size=32, vocab_size=64)),
-                                             64, 32, 'float32') for n in (2, 6))
-        return (many.curve().max() - few.curve().max()) / 4 - 16 * 12 * 32**2           # but for weights, about
+        few, many = (count(32, n_layer=n) for n in (1, 3))
+        weights = 16 * 12 * 32**2               # of a layer, with gradients and moments, about
+        return (many.curve().max() - few.curve().max()) / 2 - weights
 
-    flat, forward = slope(), model_py.ReversibleStep.forward
+    flat = slope()
+    evaluate = Tape.evaluate
+    kept = []
 
-    def keeping(ctx, handle, tape, *args):
-        ctx.kept = tape.lower.clone()
-        return forward(ctx, handle, tape, *args)
+    def keeping(tape, f, p):
+        kept.append(p.clone())
+        return evaluate(tape, f, p)
 
-    monkeypatch.setattr(model_py.ReversibleStep, 'forward', staticmethod(keeping))
-    assert flat < 0.2 * 8 * 64 * 32 * 32 and slope() > 0.9 * 8 * 64 * 32 * 32
+    monkeypatch.setattr(Tape, 'evaluate', keeping)
+    state = 8 * 32 * 32 * 32
+    assert flat < 0.2 * state and slope() > 0.9 * state
 
-def test_attention_and_matrix_products_are_counted():
-    """By hand: 2 operations per multiplication, backward twice forward; attention's backward has 5 products to forward's 2."""
+@pytest.mark.parametrize('heads', [2, 1])
+@pytest.mark.parametrize('scheme, forward_passes', [('standard', 1), ('leapfrog', 2)])
+def test_attention_and_matrix_products_are_counted(scheme, forward_passes, heads):
+    """By hand: 2 operations per multiplication. Backward has twice forward's products, attention's 5 to 2."""
     B, T, C, V, L = 3, 32, 32, 64, 2
-    products, attention = 2 * B * T * (12 * C * C * L + V * C), 4 * B * T * T * C * L
-    for scheme, blocks in (('standard', 3), ('leapfrog', 4)):
-        count = runtime.count_two_steps(lambda: GPT(GPTConfig(n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=V, scheme=scheme)),
-                                        B, T, 'float32')
-        assert count.work == products * 3 + 2 * B * T * 12 * C * C * L * (blocks - 3) + attention * (2.5 + blocks - 2)
+    blocks = 2 * B * T * C * C * L * (10 + heads)               # a head of keys, and of values, is half of C
+    head = 2 * B * T * V * C
+    attention = 4 * B * T * T * C * L
+    work = count(B, T, scheme=scheme, n_kv_head=heads).work
+    assert work == blocks * (forward_passes + 2) + head * 3 + attention * (forward_passes + 2.5)
 
 def test_gradients_of_an_earlier_micro_batch_are_there_at_the_peak():
     def peak(micro_batches):
-        count = runtime.count_two_steps(lambda: GPT(GPTConfig(n_layer=8, n_head=2, n_embd=128, block_size=32, vocab_size=64)), 1, 32,
-                                        'float32', micro_batches=micro_batches).curve('gradients', 'activations')
-        return int(count.max())
+        counted = count(1, n_layer=8, n_embd=128, micro_batches=micro_batches)
+        return int(counted.curve('gradients', 'activations').max())
+
     assert peak(1) < peak(2) == peak(3)
 
+def test_a_model_that_no_cpu_holds_is_a_sentence():
+    config = GPTConfig(n_embd=12 * 2**13, n_layer=96)
+    with pytest.raises(ValueError, match=r'take 1[\d,]+ GB, and this machine has \d+ GB: choose'):
+        memory.fitting(config, SimpleNamespace(kind='cpu'))
+    memory.fitting(config, SimpleNamespace(kind='cuda'))
+    memory.fitting(GPTConfig(**TINY), SimpleNamespace(kind='cpu'))
+
+# -----------------------------------------------------------------------------
+# bench.py
+
+def bench(place, mode, **flags):
+    """The rows of its file."""
+    flags = {**TINY, 'batch_size': 2, 'device': 'cpu', 'json': 'rows.json', **flags}
+    with pytest.MonkeyPatch.context() as here, redirect_stdout(io.StringIO()):
+        here.chdir(place)
+        here.setattr(sys, 'argv', ['bench.py', mode, *(f'--{name}={value}' for name, value in flags.items())])
+        here.setattr(sys, 'excepthook', sys.excepthook)
+        here.setattr(memory, 'count_two_steps', partial(count_two_steps, fake=False))
+        runpy.run_path(os.path.join(ROOT, 'bench.py'), run_name='__main__')
+    return json.loads((place / 'rows.json').read_text())['rows']
+
 def test_depth_finds_no_activations_per_layer(place):
-    rows, _ = bench(place, 'depth', cases='standard,leapfrog', layers='[2,4,6]', n_embd=64, batch_size=512)
+    rows = bench(place, 'depth', cases='standard,leapfrog', layers='[2,4,6]', n_embd=64, batch_size=64)
     standard, leapfrog = (row['MB per layer'] for row in rows)
-    assert 0 <= leapfrog < 0.01 * standard
-    assert rows[0]['6 layers'] - rows[0]['4 layers'] == pytest.approx(rows[0]['4 layers'] - rows[0]['2 layers'])
+    assert abs(leapfrog) < 0.01 * standard
+    two, four, six = (rows[0][f'{n} layers'] for n in (2, 4, 6))
+    assert six - four == pytest.approx(four - two)
 
 def test_the_largest_batch_fits_and_the_next_does_not(place):
-    rows, _ = bench(place, 'batch', cases='standard,checkpointed,leapfrog', budget_gb='[0.0001,0.05]')
-    assert [row['batch'] for row in rows[:3]] == ['does not fit'] * 3
-    config = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=256)
-    for row, scheme in zip(rows[3:], (dict(scheme='standard'), dict(scheme='standard', stored_layers=0), dict(scheme='leapfrog'))):
-        # a few sequences more may make slices smaller, and need less: the next batch that is cut into whole ones does not
-        more = row['batch'] + 1 if scheme['scheme'] == 'standard' else 256 * (row['batch'] // 256 + 1)
-        peaks = [int(runtime.count_two_steps(lambda: GPT(GPTConfig(**config, **scheme)), B, 32, 'bfloat16').curve().max())
-                 for B in (row['batch'], more)]
-        assert peaks[0] <= 0.05e9 < peaks[1], (row, peaks)
-    assert rows[3]['batch'] < rows[4]['batch'] < rows[5]['batch'] and rows[5]['to standard'] == rows[5]['batch'] / rows[3]['batch']
+    rows = bench(place, 'batch', budget_gb='[0.0001,0.01]')
+    found = {row['case']: row['batch'] for row in rows[5:]}
+    assert [row['batch'] for row in rows[:5]] == ['does not fit'] * 5
+    schemes = {'standard': {}, 'checkpointed': dict(stored_layers=0), 'leapfrog': dict(scheme='leapfrog')}
+    for case, fields in schemes.items():
+        more = found[case] + 1
+        if case == 'leapfrog':                  # a slice may be smaller: the next batch of whole ones
+            more = 16 * (found[case] // 16 + 1)
+        fields = {'scheme': 'standard', 'vocab_size': 256, **fields}
+        peaks = [count(B, dtype='bfloat16', **fields).curve().max() for B in (found[case], more)]
+        assert peaks[0] <= 0.01e9 < peaks[1], (case, peaks)
+    assert found['standard'] < found['checkpointed'] < found['leapfrog'] < found['checkpointed/sliced']
+    assert found['checkpointed/sliced'] < found['checkpointed/bf16']    # at two layers alone
+    assert rows[-1]['to standard'] == found['leapfrog'] / found['standard']
 
 def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(place):
-    """Small batches have it at the end of backward, with all gradients of weights; large ones at its start, with all bits."""
-    rows, _ = bench(place, 'batch', cases='midpoint_a/4bits', budget_gb=0.1, n_embd=128, block_size=64, slice_tokens=1024)
-    assert rows[0]['MB per sequence'] == 64 * (128 * (8 + 8 + 4 + 4 + 2 * 4 / 8) + 8) / 1e6     # states, gradients, bits; tokens
+    """Small batches have it at the end of backward, with gradients; large ones at its start, with bits."""
+    sizes = dict(n_embd=128, block_size=64)
+    row, = bench(place, 'batch', cases='midpoint_a/4bits', budget_gb=0.1, **sizes)
+    element = 8 + 8 + 4 + 4 + 2 * 4 / 8         # two states, two gradients, bits of two layers
+    assert row['MB per sequence'] == 64 * (128 * element + 8) / 1e6                     # and tokens
 
-def test_length_frontier_and_curve(place):
-    rows, _ = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01)
-    assert rows[0]['length'] < rows[1]['length'] and rows[1]['length'] % 128 == 0
-    rows, _ = bench(place, 'frontier', n_layer=1)
-    work, memory = ({(row['case'], row['stored layers']): row[key] for row in rows} for key in ('work', 'MB per sequence'))
-    assert work['standard', 1] == work['checkpointed/sliced', 1] == work['checkpointed/bf16', 1] == work['leapfrog', 1] == 1
-    assert 1 < work['standard', 0] == work['checkpointed/sliced', 0] == work['checkpointed/bf16', 0] < work['leapfrog', 0]
-    assert memory['checkpointed/sliced', 1] == memory['standard', 1] > memory['checkpointed/bf16', 1] > memory['checkpointed/bf16', 0]
-    rows, _ = bench(place, 'curve', cases='checkpointed,leapfrog', n_layer=1)
-    assert all(max(row['highest']) == row['peak MB'] and 0 < row['forward'] < 1 and min(row['lowest']) >= 0 for row in rows)
+def test_the_longest_context(place):
+    standard, leapfrog = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01, slice_tokens=64)
+    assert standard['length'] < leapfrog['length'] and leapfrog['length'] % 128 == 0
 
-@needs_proc
-def test_check_compares_with_a_fresh_process(place):
-    rows, _ = bench(place, 'check', cases='leapfrog', n_embd=256, block_size=256, batch_size=8)
-    assert sum(rows[0][f'{kind} MB'] for kind in ('weights', 'gradients', 'optimizer', 'activations')) == pytest.approx(rows[0]['counted MB'])
-    assert rows[0]['counted MB'] > 20 and 0.5 < rows[0]['ratio'] < 3    # libraries take a few MB more: large models show how close
+def test_memory_against_work(place):
+    rows = bench(place, 'frontier', n_layer=1, cases='standard,checkpointed/sliced,checkpointed/bf16,leapfrog')
+    work, memory = ({(row['case'], row['stored layers']): row[name] for row in rows}
+                    for name in ('work', 'MB per sequence'))
+    lean = 'standard', 'checkpointed/sliced', 'checkpointed/bf16'
+    assert {work[case, 1] for case in (*lean, 'leapfrog')} == {1}
+    assert len({work[case, 0] for case in lean}) == 1 < work['standard', 0] < work['leapfrog', 0]
+    assert memory['checkpointed/sliced', 1] == memory['standard', 1] > memory['checkpointed/bf16', 1]
+    assert memory['checkpointed/bf16', 1] > memory['checkpointed/bf16', 0]
 
-@needs_proc
-def test_throughput_of_two_processes_counts_the_tokens_of_both(place):
-    path = place / 'two.json'
-    output = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(
-        'throughput', cases='standard,checkpointed,leapfrog,leapfrog/dial,leapfrog/float', repeats=2, json=path)], check=True,
-        cwd=place, timeout=120, capture_output=True, text=True).stdout
-    assert 'leapfrog: exact takes' in output
-    result = json.loads(path.read_text())
-    assert result['processes'] == 2 and result['hardware'] and result['torch'] == torch.__version__
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert result['commit'].removesuffix(', changed') == commit
-    assert [row['case'] for row in result['rows']] == result['knobs']['cases'].split(',')
-    for row in result['rows']:
-        assert sorted(2 * 2 * 32 / seconds for seconds in row['all_seconds']) == pytest.approx([row['lowest'], row['highest']])
+def test_memory_over_time(place):
+    for row in bench(place, 'curve', cases='checkpointed,leapfrog', n_layer=1):
+        assert max(row['highest']) == row['peak MB'] and min(row['lowest']) >= 0 and 0 < row['forward'] < 1
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='not on Linux')
+def test_check_compares_with_a_new_process(place):
+    row, = bench(place, 'check', cases='leapfrog', n_embd=256, block_size=256, batch_size=8)
+    assert row['counted MB'] > 20 and 0.5 < row['ratio'] < 3    # libraries take some MB more
+
+def test_throughput_at_equal_batch(place):
+    cases = 'standard,checkpointed,checkpointed/sliced,checkpointed/bf16,leapfrog/dial,leapfrog/float'
+    rows = bench(place, 'throughput', cases=cases, repeats=2)
+    assert [row['case'] for row in rows] == cases.split(',')
+    for row in rows:
+        speeds = sorted(2 * 32 / seconds for seconds in row['all_seconds'])
+        assert speeds == pytest.approx([row['lowest'], row['highest']])
         assert row['lowest'] <= row['tokens/s'] <= row['highest']
-    assert result['rows'][0]['time to standard'] == 1 and result['rows'][0]['stored layers'] == 2
-
-@pytest.mark.skipif(not importlib.util.find_spec('revlib'), reason='revlib is not installed')
-def test_another_library_runs_beside_ours(place):
-    rows, _ = bench(place, 'throughput', cases='standard,revlib', repeats=1, dtype='float32', processor_time=True)
-    assert [row['case'] for row in rows] == ['standard', 'revlib'] and rows[1]['least'] == rows[1]['time to standard'] > 0
+    assert rows[0]['time to standard'] == rows[1]['time to checkpointed'] == 1
+    assert [row['stored layers'] for row in rows[:2]] == [2, 0]
 
 def test_throughput_at_the_largest_batch(place):
-    rows, _ = bench(place, 'throughput', cases='leapfrog', repeats=1, budget_gb=0.02)
-    assert all(row['GB'] == 0.02 and row['batch'] > 1 and row['tokens/s'] > 0 for row in rows) and len(rows) == 1
+    row, = bench(place, 'throughput', cases='leapfrog', repeats=1, budget_gb=0.004, processor_time=True)
+    assert row['GB'] == 0.004 and row['batch'] > 1 and row['tokens/s'] > 0
+
+@pytest.mark.skipif(not find_spec('revlib'), reason='revlib is not installed')
+def test_another_library_runs_beside_ours(place):
+    rows = bench(place, 'throughput', cases='standard,revlib', repeats=1, dtype='float32')
+    assert rows[1]['least'] == rows[1]['time to standard'] > 0
+
+def test_all_logits_at_once_take_more(place):
+    flags = dict(cases='leapfrog', budget_gb=0.05, vocab_size=2000)
+    chunked, whole = (bench(place, 'batch', chunked_loss=chunked, **flags) for chunked in (True, False))
+    assert chunked[0]['batch'] > 5 * whole[0]['batch']
+
+@pytest.mark.parametrize('mode, flags, sentence', [
+    ('speed', {}, "unknown name 'speed': choose one of depth, batch"),
+    ('depth', dict(cases='euler'), "unknown name 'euler': choose one of standard,"),
+    ('batch', dict(shape='gpt9'), "unknown name 'gpt9': choose one of gpt2,"),
+    ('depth', dict(n_embd=30, n_head=4), 'n_embd must be divisible by n_head')])
+def test_bench_complains_in_a_sentence(place, mode, flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        bench(place, mode, **flags)
+
+# -----------------------------------------------------------------------------
+# results/
+
+def test_a_table_keeps_its_rows_at_any_time(tmp_path, capsys):
+    path = tmp_path / 'new' / 'table.json'
+    row = open_table(str(path), dict(command='x'))
+    row('one', size=1.5, seconds=None, all_seconds=[1, 2])
+    row('two', size=12345.6, seconds=1e-5, all_seconds=[])
+    rows = [dict(case='one', size=1.5, seconds=None, all_seconds=[1, 2]),
+            dict(case='two', size=12345.6, seconds=1e-5, all_seconds=[])]
+    assert json.loads(path.read_text()) == dict(command='x', rows=rows)
+    names, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (names, one, two) == (['size', 'seconds'], ['one', '1.5', '-'], ['two', '12,346', '1.0e-05'])
+    assert spread('ab', [3, 1, 2]) == dict(a=2, b=1) and spread('ab', []) == dict(a=None, b=None)
+    with pytest.raises(OSError):                # now, and not after hours of work
+        open_table(str(tmp_path), {})
 
 DRIFT = dict(n_head=2, n_embd=32, block_size=32, device='cpu')
 
-def test_drift_is_zero_in_exact_states_and_only_there(place, whole):
-    try:
-        run(place, 'results/drift.py', trained='whole/best.pt', n_layer=4, batch_size=2, json='drift.json', **DRIFT)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.fixture
+def nondeterministic():
+    """drift.py asks for deterministic kernels, and later tests shall not."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+def test_drift_is_zero_in_exact_states_and_only_there(place, whole, nondeterministic):
+    flags = dict(DRIFT, n_layer=4, batch_size=2, json='drift.json')
+    run(place, 'results/drift.py', trained='whole/best.pt', **flags)
     rows = json.loads((place / 'drift.json').read_text())['rows']
     assert {row['weights'] for row in rows} == {'x1', 'x4', 'x8', 'trained'}
     assert {row['dtype'] for row in rows} == {'float32', 'bfloat16', 'float16'}
     for row in rows:
         layers = 2 if row['weights'] == 'trained' else 4
-        assert len(row['gradient_errors']) == layers and row['control'] == 0
-        assert len(row['state_errors']) == layers * (1 + (row['case'] == 'symplectic'))
+        steps = 2 * layers if row['case'] == 'symplectic' else layers
+        assert len(row['gradient_errors']) == layers and len(row['state_errors']) == steps
+        assert row['control'] == 0
         if row['states'] == 'exact':
             assert row['worst state'] == row['worst gradient'] == 0
         else:
             assert row['worst state'] > 0 and row['worst gradient'] > 0
 
-def test_an_interrupted_run_keeps_its_rows(place):
-    path = place / 'kept.json'
-    flags = [f'--{name}={value}' for name, value in dict(DRIFT, json=path, batch_size=16, n_layer=24).items()]
-    with subprocess.Popen([sys.executable, os.path.join(ROOT, 'results', 'drift.py'), *flags], cwd=place, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert any('exact' in line for line in process.stdout)          # the first row is there
-        process.send_signal(signal.SIGINT)
-        assert 'interrupted: the rows above are all there is' in process.communicate()[1] and process.returncode
-    rows = json.loads(path.read_text())['rows']
-    assert 1 <= len(rows) < 90 and rows[0]['case'] == 'midpoint'
-
-@pytest.mark.parametrize('arguments, sentence', [
-    ('', "unknown mode ''"), ('speed', "unknown mode 'speed'"), ('depth --cases=euler', "unknown case 'euler': choose among"),
-    ('depth --layers=[3]', 'layers = [3] must be whole numbers above 0, for depth two or more'), ('batch', 'Give --budget_gb=24'),
-    ('batch --budget_gb=-1', 'Give --budget_gb=24'), ('batch --shape=gpt9', "unknown shape 'gpt9': choose among gpt2,"),
-    ('batch --budget_gb=1 --cases=leapfrog/dial', 'leapfrog/dial is a case of throughput at equal batch alone'),
-    ('depth --compile=True', 'this mode counts an eager model'), ('curve --compile=True', 'this mode counts an eager model'),
-    ('batch --budget_gb=1e999', 'Give --budget_gb=24'), ('depth --dtype=float32 --cases=checkpointed/bf16', 'needs --dtype=bfloat16'),
-    ('batch --budget_gb=1 --json=data', 'data cannot be written'), ('throughput --repeats=0', 'repeats = 0'),
-    ('depth --n_embd=30 --n_head=4', 'n_embd = 30 must be divisible')])
-def test_bench_complains_in_a_sentence(place, arguments, sentence, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments.split()])
-    with pytest.raises(SystemExit) as stop, redirect_stdout(Screen()):
-        runpy.run_path(os.path.join(ROOT, 'bench.py'), run_name='__main__')
-    assert sentence in stop.value.code
-
-@pytest.mark.parametrize('script, flags, sentence', [
-    ('results/drift.py', dict(trained='none.pt'), 'there is no checkpoint none.pt'),
-    ('results/drift.py', dict(schemes='standard'), 'standard is a standard model, which rebuilds nothing'),
-    ('results/sampling.py', dict(new_tokens=64, block_size=32), 'new_tokens = 64 must be below block_size = 32')])
-def test_other_measurements_complain_in_a_sentence(place, script, flags, sentence):
-    try:
-        assert sentence in complaint(place, script, device='cpu', **flags)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_drift_complains_in_a_sentence(place, nondeterministic):
+    assert 'none.pt' in complaint(place, 'results/drift.py', trained='none.pt', **DRIFT)
+    assert 'rebuilds nothing' in complaint(place, 'results/drift.py', schemes='standard', **DRIFT)
 
 def test_what_hurts_other_engines_does_not_hurt_ours(monkeypatch):
-    monkeypatch.syspath_prepend(os.path.join(ROOT, 'results'))
-    peers, rows = importlib.import_module('peers'), []
-    monkeypatch.setattr(peers, 'parallel', lambda make: 'gradients')        # needs a group of processes: see test_model.py
-    peers.table(dict(leapfrog=lambda stored, **change: peers.ours('leapfrog', stored, **change)),
-                lambda case, **values: rows.append(values))
-    assert rows[0]['error'] == rows[0]['error x8 bf16'] == rows[0]['error x8 dropout'] == 0
-    assert rows[0]['frozen embedding'] == rows[0]['autograd.grad'] == 'gradients' and rows[0]['overflow'] == 'loss nan'
-    assert rows[0]['changed weights'].startswith('stops: one of the variables needed')
+    peers = importlib.import_module('results.peers')
+    rows = []
+    monkeypatch.setattr(peers, 'parallel', lambda make: 'gradients')        # needs a group: see test_model.py
+    peers.table(dict(leapfrog=partial(peers.ours, 'leapfrog')), lambda case, **values: rows.append(values))
+    row, = rows
+    assert row['error'] == row['error x8 bf16'] == row['error x8 dropout'] == 0
+    assert row['frozen embedding'] == row['autograd.grad'] == 'gradients' and row['overflow'] == 'loss nan'
+    assert row['changed weights'].startswith('stops: one of the variables needed')
 
-def test_the_comparison_finds_the_lowest_loss_and_believes_no_noise(monkeypatch):
-    monkeypatch.syspath_prepend(os.path.join(ROOT, 'results'))
-    compare, tried = importlib.import_module('compare'), set()
+def test_the_comparison_finds_the_lowest_loss():
+    compare = importlib.import_module('results.compare')
+    tried = set()
 
     def loss(scheme, h, rate, *_):
         tried.add((h, rate))
         return (math.log2(rate / 4e-3) - math.log2(h / 0.5) / 2) ** 2 + math.log2(h / 0.0625) ** 2
+
     h, rate = compare.best(loss, 'leapfrog')
-    assert all(loss('leapfrog', h, rate) <= loss('leapfrog', *near) for near in ((h / 2, rate), (2 * h, rate), (h, rate / 2), (h, 2 * rate)))
+    for near in ((h / 2, rate), (2 * h, rate), (h, rate / 2), (h, 2 * rate)):
+        assert loss('leapfrog', h, rate) <= loss('leapfrog', *near)
     assert len({x for y, x in tried if y == h}) >= 4 and len({y for y, x in tried if x == rate}) >= 3
-    assert [compare.RULES['2 / layers'](layers) for layers in (4, 12, 32)] == [0.5, 0.125, 0.0625]
+    assert [compare.RULES['2 / layers'][layers] for layers in (4, 12, 32)] == [0.5, 0.125, 0.0625]
+
+def test_the_comparison_believes_no_noise():
+    compare = importlib.import_module('results.compare')
     assert compare.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    for t, degrees in ((4.303, 2), (3.182, 3), (2.776, 4), (2.228, 10), (2.201, 11)):       # of the tables of Student's t, at 5%
+    for t, degrees in ((4.303, 2), (3.182, 3), (2.776, 4), (2.228, 10), (2.201, 11)):
         assert compare.two_sided(t, degrees) == pytest.approx(0.05, abs=1e-4)
     rows = dict(standard=[1.0, 1.1, 1.2], leapfrog=[0.9, 1.01, 1.1], midpoint=[1.01, 1.1, 1.19])
-    found = {(one, other): (mean, *p) for one, other, mean, *p in compare.pairs(rows)}
-    assert found['standard', 'leapfrog'][0] == pytest.approx(0.29 / 3) and max(found['standard', 'leapfrog'][1:]) < 0.01
+    found = {(one, other): values for one, other, *values in compare.pairs(rows)}
+    mean, *p = found['standard', 'leapfrog']
+    assert mean == pytest.approx(0.29 / 3) and max(p) < 0.01
     assert min(found['standard', 'midpoint'][1:]) > 0.3
 
+def test_the_table_of_the_comparison_is_made_of_the_runs_that_are_kept(capsys):
+    compare = importlib.import_module('results.compare')
+    compare.table()
+    output = capsys.readouterr().out
+    assert 'as train.py has it no longer: bdia' in output and '12 layers: ' in output
+    assert re.search(r'^leapfrog +\(0\.\d+, 0\.\d+\) +1\.\d+ +1\.\d+ +1\.\d+ +1\.6667', output, re.M)
+
 def test_sampling_writes_the_same_tokens_as_transformers(place):
-    output = run(place, 'results/sampling.py', new_tokens=20, repeats=1, n_layer=2, n_head=2, n_embd=32, vocab_size=65,
-                 block_size=32, device='cpu', dtype='float32')
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=65, block_size=32)
+    flags = dict(sizes, new_tokens=20, repeats=1, device='cpu', dtype='float32')
+    output = run(place, 'results/sampling.py', **flags)
     assert 'transformers are the same' in output and 'leapfrog, cached' in output
 
 def test_stability_finds_the_intervals_of_the_theory(place, whole):
     run(place, 'results/stability.py', trained='whole/best.pt', json='stability.json', device='cpu')
-    rows = {f"{row['case']} {row.get('z is')}": row for row in json.loads((place / 'stability.json').read_text())['rows']}
-    both = {name: row['stable in both'] for name, row in rows.items() if 'z is' in row}
-    assert both == {'standard real': 'nowhere', 'midpoint imaginary': '0 to 1', 'midpoint_a, a = 0.5 imaginary': 'nowhere',
-                    'midpoint_a, a = 0.5 real': 'nowhere', 'leapfrog real': '-4 to 0', 'symplectic real': '-4 to 0'}
-    damped = rows['midpoint_a, a = 0.5 imaginary']
+    rows = json.loads((place / 'stability.json').read_text())['rows']
+    both = {f"{row['case']} {row['z is']}": row['stable in both'] for row in rows[:-1]}
+    assert both == {
+        'standard real': 'nowhere', 'midpoint imaginary': '0 to 1', 'leapfrog real': '-4 to 0',
+        'symplectic real': '-4 to 0', 'midpoint_a, a = 0.5 real': 'nowhere',
+        'midpoint_a, a = 0.5 imaginary': 'nowhere'}
+    damped = next(row for row in rows if 'a = 0.5' in row['case'])
     assert all(down >= 2 - 1e-9 for down in damped['down'])             # 1 / |a|
-    trained = rows['leapfrog None']
+    trained = rows[-1]
     assert len(trained['up']) == len(trained['down']) == 3 and trained['up'][0] == trained['down'][0] == 1
-    assert 'there is no checkpoint none.pt' in complaint(place, 'results/stability.py', trained='none.pt', device='cpu')
 
-@pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='matplotlib is not installed')
+def test_a_conversion_with_many_bits_is_near_its_teacher(place):
+    train(place, 'teacher', scheme='standard', n_layer=6, max_iters=2)
+    flags = dict(teacher='teacher/best.pt', dataset='tiny', block_size=16, device='cpu')
+    run(place, 'results/conversion.py', json='conversion.json', **flags)
+    found = {row['case']: row['last'] for row in json.loads((place / 'conversion.json').read_text())['rows']}
+    assert 0 < found['a = -0.0625'] < found['a = -0.25'] < found['a = -0.5']
+    assert {'4 layers at a = -1', '6 layers at a = 1'} <= found.keys()
+
+def test_shares_of_the_optimizer_add_up():
+    sharded = importlib.import_module('results.sharded')
+    shape = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=32)
+    whole, parameters = sharded.bytes_of(shape, 0, 1)
+    shares = [sharded.bytes_of(shape, rank, 2)[0] for rank in range(2)]
+    assert sum(share['optimizer'] for share in shares) == whole['optimizer'] >= 8 * parameters
+    assert all(share['weights'] == share['gradients'] == 4 * parameters for share in shares)
+
+@pytest.mark.skipif(not find_spec('matplotlib'), reason='matplotlib is not installed')
 def test_figures_are_drawn_from_the_files(tmp_path):
     shutil.copytree(os.path.join(ROOT, 'results'), tmp_path / 'results')
     output = run(tmp_path, 'assets/figures.py')
@@ -273,8 +345,9 @@ def test_the_open_rows_of_a_gpu_are_commands_that_exist(tmp_path):
     """results/gpu.sh, with a python that only writes down what it is called with."""
     (tmp_path / 'python').write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / 'python').chmod(0o755)
-    lines = subprocess.run(['bash', os.path.join(ROOT, 'results', 'gpu.sh')], cwd=tmp_path, capture_output=True, text=True, check=True,
-                           env=dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")).stdout.splitlines()
+    environment = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    script = ['bash', os.path.join(ROOT, 'results', 'gpu.sh')]
+    lines = subprocess.check_output(script, cwd=tmp_path, text=True, env=environment).splitlines()
     assert len(lines) > 10 and lines[-1] == 'assets/figures.py'
     assert len({line.split('--json=')[1] for line in lines[:-1]}) == len(lines) - 1
     for line in lines[:-1]:

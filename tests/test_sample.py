@@ -1,9 +1,8 @@
 """
 What must be true of sample.py:  python -m pytest tests/test_sample.py
 
-That its text is that of a full recomputation, for every scheme, is in test_model.py.
+test_model.py has that its text is that of a full recomputation, for every scheme.
 """
-import io
 import os
 import runpy
 import sys
@@ -16,7 +15,7 @@ import model as model_py
 import pretrained
 from pretrained import ends_of_text, tokenizer
 from runtime import save_checkpoint
-from test_scripts import ROOT, command, complaint, place, run, whole    # noqa: F401, place and whole are fixtures
+from test_scripts import ROOT, Screen, command, complaint, place, run, whole    # noqa: F401, two are fixtures
 
 def test_sample_is_a_function_of_its_seed(place, whole):
     flags = dict(init_from='whole/best.pt', prompt='abc', max_new_tokens=20, num_samples=2)
@@ -39,39 +38,39 @@ def test_tokenizers():
 def test_sample_complains_in_a_sentence(place, whole):
     assert 'there is no checkpoint none.pt' in complaint(place, 'sample.py', init_from='none.pt')
     assert 'the prompt is empty' in complaint(place, 'sample.py', init_from='whole/best.pt', prompt='')
-
-# -----------------------------------------------------------------------------
-# as it is sampled
+    encode, _ = tokenizer(dict(encoding='chars', chars='abc'))
+    with pytest.raises(ValueError, match="the model has no token for 'd', only for 'abc'"):
+        encode('abcde')
 
 def screens(place, monkeypatch, tokens=None, ends=(), **flags):         # noqa: F811
-    """What has been written each time that the screen is brought up to date, for the tokens the model is to yield."""
-    class Screen(io.StringIO):
-        def reconfigure(self, **_):
-            pass
-
+    """The text on the screen after each change, if the model yields these tokens."""
+    class Watched(Screen):
         def flush(self):
-            found.append(self.getvalue().rpartition('-' * 80 + '\n')[2])
+            _, bar, text = self.getvalue().rpartition('-' * 80 + '\n')
+            if bar:
+                found.append(text)
 
     found = []
     with monkeypatch.context() as here:
         here.chdir(place)
         here.setattr(pretrained, 'ends_of_text', lambda meta: ends)
         if tokens is not None:
-            logits = iter(1e4 * F.one_hot(torch.tensor(list(tokens)), 256).view(-1, 1, 1, 256))     # (B, 1, V) each
+            logits = 1e4 * F.one_hot(torch.tensor(list(tokens)), 256)
+            logits = iter(logits.view(-1, 1, 1, 256))                   # (B, 1, V) each
             here.setattr(model_py.GPT, 'forward', lambda *args, **_: (next(logits), None))
             flags = dict(flags, max_new_tokens=len(tokens))
         here.setattr(sys, 'argv', command('sample.py', init_from='whole/best.pt', prompt='ab', **flags)[1:])
-        with here.context() as screen:
-            screen.setattr(sys, 'stdout', Screen())
-            runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
-            sys.stdout.flush()
+        here.setattr(sys, 'excepthook', sys.excepthook)
+        here.setattr(sys, 'stdout', Watched())
+        runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
+        sys.stdout.flush()
     return found
 
 def test_text_appears_as_it_is_sampled(place, whole, monkeypatch):      # noqa: F811
     found = screens(place, monkeypatch, 'c€d'.encode())
-    assert found == ['abc', 'abc€', 'abc€d', 'abc€d\n']                 # a character of three tokens is not shown in parts
+    assert found == ['abc', 'abc€', 'abc€d', 'abc€d\n']     # a character of three tokens is shown whole
     found = screens(place, monkeypatch, 'c€'.encode()[:-1])
-    assert found == ['abc', 'abc\ufffd\n']                              # but the rest of one is, at the end
+    assert found == ['abc', 'abc\ufffd\n']                  # but what there is of one, at the end
 
 def test_a_sample_ends_with_its_text(place, whole, monkeypatch):        # noqa: F811
     assert screens(place, monkeypatch, b'cde', ends=[ord('d')])[-1] == 'abc\n'
@@ -79,9 +78,10 @@ def test_a_sample_ends_with_its_text(place, whole, monkeypatch):        # noqa: 
 
 def test_the_padding_of_a_vocabulary_is_never_written(place):           # noqa: F811
     model = model_py.GPT(model_py.GPTConfig(block_size=64, vocab_size=960, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint([str(place / 'padded.pt')], dict(model=model.state_dict(), config=vars(model.config),
-                                                   meta=dict(encoding='bytes', vocab_size=256, dtype='uint8')))
-    run(place, 'sample.py', init_from='padded.pt', prompt='a', max_new_tokens=40, temperature=9.0, top_k='None')
+    meta = dict(encoding='bytes', vocab_size=256)
+    checkpoint = dict(model=model.state_dict(), config=vars(model.config), meta=meta)
+    save_checkpoint([str(place / 'wide.pt')], checkpoint)
+    run(place, 'sample.py', init_from='wide.pt', prompt='a', max_new_tokens=40, temperature=9.0, top_k='None')
 
 def test_ends_of_text(tmp_path):
     assert ends_of_text(dict(encoding='gpt2')) == [50256] and ends_of_text(dict(encoding='bytes')) == []

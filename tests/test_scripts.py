@@ -1,8 +1,8 @@
 """
 What must be true of train.py and the configs, as a user runs them:  python -m pytest tests/test_scripts.py
 
-Small models on a small data set made here: resuming, stopping, two processes, and one clear
-sentence, without a traceback, for everything a user can get wrong.
+Small models on a small data set made here: resuming, stopping, two processes, and one clear sentence, without a
+traceback, for what a user can get wrong.
 """
 import csv
 import gc
@@ -25,14 +25,15 @@ import torch
 
 import model as model_py
 import runtime
-from configurator import configure, machine
+from configurator import configure
 from model import GPT, GPTConfig
 from pretrained import step_sizes
 from runtime import load_checkpoint, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2, n_embd=16,
-             dropout=0.1, max_iters=8, warmup_iters=2, eval_interval=4, eval_windows=9, log_interval=1, device='cpu')
+SMALL = dict(dataset='tiny', batch_size=4, gradient_accumulation_steps=2, block_size=16, n_layer=2, n_head=2,
+             n_embd=16, dropout=0.1, max_iters=8, warmup_iters=2, eval_interval=4, eval_windows=9, log_interval=1,
+             device='cpu')
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -47,36 +48,45 @@ def place(tmp_path_factory):
     return place
 
 def command(script, processes=1, **flags):
-    launch = [] if processes == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return [sys.executable, *launch, os.path.join(ROOT, script), *(f'--{name}={value}' for name, value in flags.items())]
+    launch = []
+    if processes > 1:
+        launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return [sys.executable, *launch, os.path.join(ROOT, script), *(f'--{name}={flags[name]}' for name in flags)]
 
 class Screen(io.StringIO):
     def reconfigure(self, **_):
         pass
 
 def run_here(place, script, **flags):
-    """(what it exits with, what it has written) of a script in this process: importing torch takes longer than most runs."""
-    code = None
+    """(the sentence it ends with, or None; what it writes) of a script in this process: importing torch takes longer."""
+    sentence = None
     with pytest.MonkeyPatch.context() as here, redirect_stdout(Screen()) as screen:
         here.chdir(place)
         here.setattr(sys, 'argv', command(script, **flags)[1:])
+        here.setattr(sys, 'excepthook', sys.excepthook)
         here.setattr(runtime, 'catch_signals', lambda: None)    # pytest goes on stopping at Ctrl-C
         try:
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code
+        except (ValueError, OSError) as error:
+            sentence = str(error)
     gc.collect()                            # what a script leaves in cycles holds the lock on its out_dir
-    return code, screen.getvalue()
+    return sentence, screen.getvalue()
 
 def run(place, script, processes=1, **flags):
     """What a script writes."""
     if processes == 1:
-        code, output = run_here(place, script, **flags)
-        assert not code, code
+        sentence, output = run_here(place, script, **flags)
+        assert not sentence, sentence
         return output
     result = subprocess.run(command(script, processes, **flags), cwd=place, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+def complaint(place, script, **flags):
+    """The sentence a script ends with."""
+    sentence, _ = run_here(place, script, **flags)
+    assert sentence and len(sentence.splitlines()) == 1
+    return sentence
 
 def train(place, out_dir, **flags):
     """The rows of its log."""
@@ -85,11 +95,17 @@ def train(place, out_dir, **flags):
 
 def rows(place, out_dir):
     """The columns of the log that do not depend on the clock, per step."""
+    names = 'step', 'loss', 'lr', 'grad_norm', 'val_loss'
     with open(place / out_dir / 'log.csv', newline='') as file:
-        return [tuple(row[name] for name in ('step', 'loss', 'lr', 'grad_norm', 'val_loss')) for row in csv.DictReader(file)]
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
 
 def weights(place, out_dir):
     return load_checkpoint(str(place / out_dir / 'last.pt'))['model']
+
+def assert_same_weights(place, one, other):
+    other = weights(place, other)
+    for name, weight in weights(place, one).items():
+        assert torch.equal(weight, other[name]), name
 
 @pytest.fixture(scope='module')
 def whole(place):
@@ -110,25 +126,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place, whole):
         assert process.returncode == 0
         assert int(rows(place, out)[-1][0]) < SMALL['max_iters']
         assert train(place, out, init_from='resume') == whole
-        for name, weight in weights(place, 'whole').items():
-            assert torch.equal(weight, weights(place, out)[name]), name
-
-def test_bdia_resumes_bit_for_bit(place):
-    flags = dict(scheme='midpoint_a', a='bdia')
-    train(place, 'signs', **flags)
-    train(place, 'signs_stopped', lr_decay_iters=8, max_iters=4, **flags)
-    train(place, 'signs_stopped', init_from='resume', **flags)
-    for name, weight in weights(place, 'signs').items():
-        assert torch.equal(weight, weights(place, 'signs_stopped')[name]), name
-    train(place, 'signs_auto', stored_layers='auto', memory_gb=0.1, **flags)
-    for name, weight in weights(place, 'signs').items():
-        assert torch.equal(weight, weights(place, 'signs_auto')[name]), name
-
-def test_bdia_of_two_processes_stored_or_rebuilt(place):
-    for stored in (0, 2):
-        train(place, f'signs_of_two{stored}', processes=2, scheme='midpoint_a', a='bdia', stored_layers=stored)
-    for name, weight in weights(place, 'signs_of_two0').items():
-        assert torch.equal(weight, weights(place, 'signs_of_two2')[name]), name
+        assert_same_weights(place, 'whole', out)
 
 def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     """As after a power cut: the log knows steps that last.pt does not."""
@@ -146,8 +144,8 @@ def test_evaluation_does_not_change_training(place, whole):
 def test_accumulation_and_processes_do_not_change_the_data(place):
     flags = dict(dropout=0.0, max_iters=4)
     one = train(place, 'one', batch_size=8, gradient_accumulation_steps=1, **flags)
-    for other in (train(place, 'accumulated', batch_size=2, gradient_accumulation_steps=4, **flags),
-                  train(place, 'two', batch_size=2, gradient_accumulation_steps=4, processes=2, **flags)):
+    flags.update(batch_size=2, gradient_accumulation_steps=4)
+    for other in (train(place, 'accumulated', **flags), train(place, 'two', processes=2, **flags)):
         assert len(one) == len(other)
         for a, b in zip(one, other):
             for x, y in zip(a, b):
@@ -156,12 +154,11 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
 ZERO = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4, lr_decay_iters=6, max_iters=4, eval_interval=2)
 
 def same_checkpoints(place, one, other):
-    one, other = (load_checkpoint(str(place / name / 'last.pt')) for name in (one, other))
-    for name, weight in one['model'].items():
-        assert torch.equal(weight, other['model'][name]), name
-    assert one['optimizer']['state'].keys() == other['optimizer']['state'].keys()
-    for index, moments in one['optimizer']['state'].items():
-        assert all(torch.equal(x, other['optimizer']['state'][index][name]) for name, x in moments.items())
+    assert_same_weights(place, one, other)
+    one, other = (load_checkpoint(str(place / name / 'last.pt'))['optimizer']['state'] for name in (one, other))
+    assert one.keys() == other.keys()
+    for index, moments in one.items():
+        assert all(torch.equal(x, other[index][name]) for name, x in moments.items())
 
 def test_a_sharded_optimizer_changes_no_bit_and_resumes(place):
     train(place, 'plain_2', processes=2, **ZERO)
@@ -179,8 +176,10 @@ def test_fewer_processes_go_on_where_four_with_a_sharded_optimizer_stopped(place
         name = f'four_then_{processes}'
         (place / name).mkdir()
         (place / name / 'last.pt').write_bytes((place / 'zero_4' / 'last.pt').read_bytes())
-        train(place, name, processes=processes, init_from='resume', zero=True, **dict(ZERO, max_iters=6, weight_decay=0.05))
-        assert [group['weight_decay'] for group in load_checkpoint(str(place / name / 'last.pt'))['optimizer']['param_groups']] == [0.05, 0.0]
+        flags = dict(ZERO, max_iters=6, weight_decay=0.05)
+        train(place, name, processes=processes, init_from='resume', zero=True, **flags)
+        groups = load_checkpoint(str(place / name / 'last.pt'))['optimizer']['param_groups']
+        assert [group['weight_decay'] for group in groups] == [0.05, 0.0]
     for name, weight in weights(place, 'four_then_1').items():
         assert torch.allclose(weight, weights(place, 'four_then_2')[name], rtol=0, atol=1e-5), name
 
@@ -197,9 +196,6 @@ def test_validation_windows_are_spread_over_the_processes(monkeypatch):
     rows, knobs = [], SimpleNamespace(block_size=4, eval_windows=9, batch_size=2)
     here = SimpleNamespace(device=torch.device('cpu'), autocast=torch.autocast('cpu', enabled=False))
 
-    class Tokens(np.ndarray):
-        vocab_size = 1000
-
     class Model(torch.nn.Module):
         def forward(self, x, y):
             rows.extend(x[:, 0].tolist())
@@ -210,7 +206,7 @@ def test_validation_windows_are_spread_over_the_processes(monkeypatch):
         monkeypatch.setattr(runtime, 'rank', monkey)
         monkeypatch.setattr(runtime, 'world', world)
         monkeypatch.setattr(runtime, 'all_reduce', lambda *numbers: list(numbers))
-        means.append(runtime.validation_loss(Model(), np.arange(1000).view(Tokens), knobs, here))
+        means.append(runtime.validation_loss(Model(), np.arange(1000), knobs, here))
     assert len(set(rows[:9])) == 9 and sorted(rows[:9]) == sorted(rows[9:])
     assert means[0] == np.mean(rows[:9]) and means[1] == np.mean(rows[9:14])
 
@@ -218,7 +214,7 @@ def test_learning_rate_and_gradient_norm(place, whole):
     warm, low, high = [6e-4 / 3, 6e-4 * 2 / 3], 6e-5, 6e-4
     cosine = [low + (high - low) * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
     assert [float(row[2]) for row in whole if row[1]] == pytest.approx(warm + cosine)
-    train(place, 'clipped', max_iters=2, grad_clip=1e-12, weight_decay=0.0, dropout=0.0)    # far below Adam's epsilon
+    train(place, 'clipped', max_iters=2, grad_clip=1e-12, weight_decay=0.0, dropout=0.0)    # below Adam's epsilon
     train(place, 'moved', max_iters=2, weight_decay=0.0, dropout=0.0)
     torch.manual_seed(1337)
     first = GPT(GPTConfig(**load_checkpoint(str(place / 'moved' / 'last.pt'))['config'])).state_dict()
@@ -231,24 +227,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     before = (place / 'broken' / 'last.pt').read_bytes()
     sentence = complaint(place, 'train.py', out_dir='broken', init_from='resume',
                          **{**SMALL, 'learning_rate': 1e20, 'min_lr': 1e20})
-    assert 'step 6: the loss is nan' in sentence and 'last.pt' in sentence
+    assert 'step 6 was stopped' in sentence and 'the loss is nan' in sentence and 'last.pt is unchanged' in sentence
     assert (place / 'broken' / 'last.pt').read_bytes() == before
 
 def test_a_step_whose_states_were_rebuilt_wrong_stops_the_run(place, monkeypatch):
     """A planted fault: one bit of one element, in a single call."""
     train(place, 'faulty', max_iters=4)
-    before, calls, sound = (place / 'faulty' / 'last.pt').read_bytes(), [], model_py.rebuild
+    before = (place / 'faulty' / 'last.pt').read_bytes()
+    calls = []
+    sound = model_py.unkick
 
-    def rebuild(p_next, *args):
+    def unkick(v, *args):
         calls.append(0)
         if len(calls) == 9:                 # a step is 2 micro-batches x 2 layers
-            p_next[0, 0, 0] ^= 1
-        return sound(p_next, *args)
+            v[0, 0, 0] ^= 1
+        return sound(v, *args)
 
-    monkeypatch.setattr(model_py, 'rebuild', rebuild)
+    monkeypatch.setattr(model_py, 'unkick', unkick)
     flags = dict(SMALL, out_dir='faulty', init_from='resume')
     sentence = complaint(place, 'train.py', **flags)
-    assert 'step 7: the backward pass has rebuilt states that are not those' in sentence and '--compile=False' in sentence
+    assert 'step 7 was stopped' in sentence and 'states are not those of the forward pass' in sentence
     assert (place / 'faulty' / 'last.pt').read_bytes() == before
     calls.clear()
     run(place, 'train.py', **flags, verify=False)
@@ -258,14 +256,14 @@ def test_the_best_checkpoint_is_not_written_twice(place):
     last, best = (place / 'first' / f'{name}.pt' for name in ('last', 'best'))
     content = best.read_bytes()
     assert last.samefile(best)
-    run(place, 'train.py', out_dir='first', init_from='resume', **{**SMALL, 'max_iters': 2, 'learning_rate': 3.0, 'min_lr': 3.0})
+    train(place, 'first', init_from='resume', max_iters=2, learning_rate=3.0, min_lr=3.0)
     assert best.read_bytes() == content != last.read_bytes()
 
 def test_a_validation_loss_that_is_not_finite_is_not_saved(place):
     train(place, 'broken2', max_iters=4)
     before = (place / 'broken2' / 'last.pt').read_bytes()
-    assert 'the validation loss is' in complaint(place, 'train.py', out_dir='broken2', init_from='resume',
-                                                 **{**SMALL, 'learning_rate': 1e20, 'min_lr': 1e20, 'eval_interval': 1})
+    flags = dict(SMALL, out_dir='broken2', init_from='resume', learning_rate=1e20, min_lr=1e20, eval_interval=1)
+    assert 'the validation loss is' in complaint(place, 'train.py', **flags)
     assert (place / 'broken2' / 'last.pt').read_bytes() == before
 
 def test_float16_with_its_scaler(place):
@@ -279,41 +277,38 @@ def test_auto_stores_what_fits_and_changes_no_bit(place):
         flags = dict(stored_layers='auto', memory_gb=gigabytes, n_layer=6, max_iters=3, eval_interval=3)
         output = run(place, 'train.py', out_dir=f'auto{gigabytes}', **{**SMALL, **flags})
         found[gigabytes] = int(re.search(r'stored_layers = (\d) of 6: ', output)[1])
-        assert ('would need' in output) == (found[gigabytes] < 6) and f'{found[gigabytes]} of 6 layers stored' in output
+        assert f'{found[gigabytes]} of 6 layers stored' in output
     assert 0 < found[0.0008] < found[0.001] < found[0.1] == 6
     for gigabytes in (0.0008, 0.001):
-        for name, weight in weights(place, 'auto0.1').items():
-            assert torch.equal(weight, weights(place, f'auto{gigabytes}')[name]), name
+        assert_same_weights(place, 'auto0.1', f'auto{gigabytes}')
 
 # -----------------------------------------------------------------------------
 # one clear sentence
 
-def complaint(place, script, **flags):
-    """The sentence a script leaves with."""
-    code, _ = run_here(place, script, **flags)
-    assert isinstance(code, str) and len(code.splitlines()) == 1
-    return code
-
 @pytest.mark.parametrize('flags, words', [
     (dict(dataset='nowhere'), 'run "python data/text/prepare.py FILES --name=nowhere" first'),
-    (dict(vocab_size=100), 'vocab_size = 100 is too small'),
-    (dict(stored_layers='auto'), "stored_layers = 'auto' needs to know the memory of this machine: give it as --memory_gb=16"),
-    (dict(stored_layers='auto', memory_gb=0.001, batch_size=64), 'GB even with no layer stored, and memory_gb is 0.001: --batch_size='),
-    (dict(stored_layers='auto', memory_gb=0.00001), 'not even --batch_size=1 fits'),
-    (dict(stored_layers='auto', memory_gb=0.0), 'memory_gb = 0.0 must be above 0'),
-    (dict(stored_layers='most'), "stored_layers = 'most': give a number, None or 'auto'"),
-    (dict(block_size=1500), 'too few for block_size = 1500'),
+    (dict(vocab_size=100), 'is too small: needed are 256 and 16'),
+    (dict(stored_layers='auto'), 'memory_gb'),
+    (dict(stored_layers='auto', memory_gb=0.001, batch_size=64), 'memory_gb is 0.001'),
+    (dict(stored_layers='auto', memory_gb=0.0), 'memory_gb = 0 must be from'),
+    (dict(stored_layers='most'), 'stored_layers must be from 0 to n_layer'),
+    (dict(block_size=1500), 'too few tokens for block_size = 1500'),
     (dict(scheme='euler'), "unknown scheme 'euler'"),
     (dict(init_from='resume'), 'there is no checkpoint'),
-    (dict(init_from='elsewhere'), "'elsewhere' is neither a folder nor a model of the hub"),
-    (dict(batch_size=0), 'batch_size = 0 must be 1 or more'),
+    (dict(init_from='elsewhere'), 'elsewhere'),
+    (dict(batch_size=0), 'batch_size = 0 must be from 1 to'),
     (dict(learning_rate='nan'), "learning_rate = 'nan' is of type str: expected float"),
-    (dict(out_dir='data/tiny/train.bin'), 'cannot be written to (File exists): choose another --out_dir'),
+    (dict(out_dir='data/tiny/train.bin'), 'File exists'),
+    (dict(device='abacus'), "device = 'abacus'"),
+    (dict(dtype='float8'), "dtype = 'float8'"),
+    (dict(bits=4), 'bits are for a trained standard model'),
+    (dict(bits=9), 'bits = 9 must be from 0 to 8'),
 ], ids=str)
 def test_train_complains_in_a_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', **flags})
 
-@pytest.mark.parametrize('value', ['9' * 5000, '0x' + 'f' * 5000, '1' + '0' * 400, '[' * 100000, '1e400', '-' * 100000], ids=lambda value: value[:4])
+@pytest.mark.parametrize('value', ['9' * 5000, '0x' + 'f' * 5000, '1' + '0' * 400, '[' * 100000, '1e400'],
+                         ids=lambda value: value[:4])
 @pytest.mark.parametrize('name', ['n_layer', 'n_embd', 'block_size', 'vocab_size', 'learning_rate', 'a', 'seed', 'dropout'])
 def test_numbers_without_end_are_a_sentence(place, name, value):
     assert name in complaint(place, 'train.py', **{**SMALL, 'out_dir': 'none', name: value})
@@ -336,24 +331,22 @@ def test_a_trained_standard_model_becomes_reversible_on_the_way_in(place):
     assert 0 < abs(losses[8] - before) < abs(losses[1] - before) < 0.1
     assert goes_on('finetuned_leapfrog', scheme='leapfrog', h=0.5)[1]['h'] == 0.5
     assert goes_on('finetuned_a', a=0.5)[1]['h'] == [1.5] * 4
-    loss, config = goes_on('finetuned_bdia', scheme='midpoint_a', a='bdia')
-    assert loss == before and (config['a'], config['h']) == ('bdia', None)      # evaluated as the standard model it was
     assert set(trained) == set(weights(place, 'finetuned1'))
     train(place, 'finetuned1', init_from='resume', n_layer=4, max_iters=3, eval_interval=2, bits=1)
     assert load_checkpoint(str(place / 'finetuned1' / 'last.pt'))['config']['a'] == [-0.5] * 4
-    for flags, words in ((dict(bits=1.5), 'give a whole number from 0 to 8'), (dict(bits=9), 'bits = 9: with'),
-                         (dict(bits=1, scheme='leapfrog'), 'instead of scheme and a'), (dict(scheme='midpoint_a'), 'give --bits=4'),
-                         (dict(scheme='leapfrog', a=0.5), "scheme 'leapfrog' has a fixed a"), (dict(h=0.5), 'and keeps it: leave h out'),
-                         (dict(bits=1, init_from='finetuned4/last.pt'), 'and keeps it: leave bits out'),
-                         (dict(scheme='leapfrog', init_from='finetuned4/last.pt'), 'and keeps it: leave scheme out')):
-        assert words in complaint(place, 'train.py', **{**SMALL, 'n_layer': 4, 'out_dir': 'none', 'init_from': 'standard/last.pt', **flags})
-    assert 'bits = 4: with --init_from of a trained' in complaint(place, 'train.py', **SMALL, out_dir='none', bits=4)
+    for flags, words in ((dict(bits=1.5), 'expected int'), (dict(scheme='midpoint_a'), 'needs its a'),
+                         (dict(scheme='leapfrog', a=0.5), 'leapfrog has no a to choose'),
+                         (dict(h=0.5), 'h = 0.5, but standard/last.pt keeps'),
+                         (dict(bits=1, init_from='finetuned4/last.pt'), 'leave bits out'),
+                         (dict(scheme='leapfrog', init_from='finetuned4/last.pt'), 'scheme = leapfrog, but')):
+        flags = {**SMALL, 'n_layer': 4, 'out_dir': 'none', 'init_from': 'standard/last.pt', **flags}
+        assert words in complaint(place, 'train.py', **flags)
 
 def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
     (place / 'changed').mkdir()
     (place / 'changed' / 'last.pt').write_bytes((place / 'whole' / 'last.pt').read_bytes())
     flags = dict(SMALL, out_dir='changed', init_from='resume')
-    assert 'h = 1.0, but changed/last.pt was trained with h = None' in complaint(place, 'train.py', **flags, h=1.0)
+    assert 'h = 1.0, but changed/last.pt was made with h = None' in complaint(place, 'train.py', **flags, h=1.0)
     train(place, 'changed', init_from='resume', max_iters=9, weight_decay=0.5, dropout=0.2)
     checkpoint = load_checkpoint(str(place / 'changed' / 'last.pt'))
     assert [group['weight_decay'] for group in checkpoint['optimizer']['param_groups']] == [0.5, 0.0]
@@ -361,29 +354,20 @@ def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
 
 @pytest.mark.parametrize('fields, words', [
     (dict(scheme='euler'), "unknown scheme 'euler': choose one of standard, midpoint"),
-    (dict(n_head=5), 'n_embd = 768 must be divisible by n_head = 5'),
+    (dict(n_head=5), 'n_embd must be divisible by n_head'),
     (dict(scheme='midpoint_a', a=0.3), 'a = 0.3 cannot be undone exactly'),
     (dict(scheme='midpoint_a', a=2), 'a = 2 cannot be undone exactly'),
-    (dict(scheme='midpoint_a', a=0.0, exact=False), 'a = 0 forgets p_prev'),
-    (dict(scheme='midpoint_a', a=1 / 512), 'up to 256'),
-    (dict(scheme='midpoint_a', a='all'), "a = 'all': give a number or a list of them, or 'random' or 'bdia'"),
-    (dict(scheme='midpoint_a', a='bdia', h=0.5), "a = 'bdia' has h = 1 + a: leave h out"),
-    (dict(scheme='midpoint_a', a=[0.5]), 'a has 1 numbers: give one, or n_layer = 12'),
-    (dict(scheme='leapfrog', h=float('nan')), 'h = nan: give a number'),
-    (dict(scheme='symplectic', h=0.5), "scheme 'symplectic' has no step size"),
-    (dict(scheme='standard', h=0.5), "scheme 'standard' has no step size"),
-    (dict(scheme='leapfrog', a=0.5), "scheme 'leapfrog' has a fixed a"),
-    (dict(stored_layers=13), 'stored_layers = 13 must lie between 0 and n_layer = 12'),
+    (dict(scheme='midpoint_a', a=0.0), 'a = 0.0 cannot be undone exactly'),
+    (dict(scheme='midpoint_a', a=1 / 512), 'k up to 8'),
+    (dict(scheme='midpoint_a', a=[0.5]), 'a must be a finite number, or n_layer of them'),
+    (dict(scheme='symplectic', h=0.5), 'symplectic has no h to choose'),
+    (dict(scheme='standard', h=0.5), 'standard has no h to choose'),
+    (dict(scheme='leapfrog', a=0.5), 'leapfrog has no a to choose'),
+    (dict(stored_layers=13), 'stored_layers must be from 0 to n_layer'),
 ], ids=str)
 def test_config_complains_in_a_sentence(fields, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         GPTConfig(**fields)
-
-@pytest.mark.parametrize('device, dtype, words', [('abacus', 'auto', "device = 'abacus': choose one of"),
-                                                  ('cpu', 'float8', "dtype = 'float8': choose one of")])
-def test_machine_complains_in_a_sentence(device, dtype, words):
-    with pytest.raises(SystemExit, match=words):
-        machine(device, dtype)
 
 def test_damage_anywhere_is_a_sentence(place, whole, tmp_path):
     content = (place / 'whole' / 'last.pt').read_bytes()
@@ -454,7 +438,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError('no space left on device')
 
     monkeypatch.setattr(torch, 'save', torn)
-    with pytest.raises(SystemExit, match='no space left on device.: make room; an older checkpoint there is unchanged'):
+    with pytest.raises(ValueError, match='no space left on device.: make room; what was there is unchanged'):
         save_checkpoint([path], dict(one, step=2))
     assert load_checkpoint(path) == dict(one, run=None) and os.listdir(tmp_path) == ['last.pt']
 
@@ -485,10 +469,10 @@ def test_command_line(tmp_path, capsys):
                             ('--batch_size=True', 'expected int'), ('--compile=1', 'expected bool'),
                             ('--dropout=none', 'expected float'), ('--compile', 'write --compile=VALUE'),
                             ('absent.py', 'there is no config file')]:
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(ValueError, match=words):
             configure(Knobs, [argument])
     file.write_text('import os\n')
-    with pytest.raises(SystemExit, match='nothing else'):
+    with pytest.raises(ValueError, match='nothing else'):
         configure(Knobs, [str(file)])
 
 @pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)
@@ -497,9 +481,9 @@ def test_every_config_builds(path):
         assert configure(knobs_of('retrofit.py'), [path]).dataset
         return
     knobs = configure(knobs_of('train.py'), [path])
-    names = GPTConfig.__dataclass_fields__
+    fields = {name: getattr(knobs, name) for name in GPTConfig.__dataclass_fields__}
+    assert fields['stored_layers'] in ('auto', None) or 'compare' in path
+    fields.update(scheme=knobs.scheme or 'leapfrog', vocab_size=knobs.vocab_size or 50304, stored_layers=None)
     with torch.device('meta'):
-        fields = {**{name: getattr(knobs, name) for name in names}, 'scheme': knobs.scheme or 'leapfrog'}
-        assert fields['stored_layers'] in ('auto', None) or 'compare' in path
-        GPT(GPTConfig(**{**fields, 'vocab_size': knobs.vocab_size or 50304, 'stored_layers': None}))
+        GPT(GPTConfig(**fields))
     assert knobs.gradient_accumulation_steps % 8 == 0 or 'gpt2' not in path     # eight GPUs share it evenly

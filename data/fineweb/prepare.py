@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, in_a_sentence, publish_dataset
+from configurator import explain
+from data.download import download, publish_dataset
 
 HERE = Path(__file__).resolve().parent
 URL = 'https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main'
@@ -30,7 +31,7 @@ def fetch_shard(folder, url, name):
     download(f'{url}/{name}', path)
     tokens = (path.stat().st_size - HEADER) / 2 # two bytes each
     if np.fromfile(path, dtype='<i4', count=3).tolist() != [20240520, 1, tokens]:
-        sys.exit(f'{path} is not a whole shard of GPT-2 tokens: delete it and run the command again')
+        raise ValueError(f'{path} is not a whole shard of GPT-2 tokens: delete it and run the command again')
     return path
 
 def join(shards, path):
@@ -42,7 +43,7 @@ def join(shards, path):
 
 def prepare(folder=HERE, url=URL, shards=10):
     if not 1 <= shards <= SHARDS:
-        sys.exit(f'--shards={shards}: choose from 1 to {SHARDS}')
+        raise ValueError(f'--shards={shards}: choose from 1 to {SHARDS}')
     val = [fetch_shard(folder, url, 'fineweb_val_000000.bin')]
     train = [fetch_shard(folder, url, f'fineweb_train_{i:06d}.bin') for i in range(1, shards + 1)]
     join(train, folder / 'train.bin.part')
@@ -50,7 +51,7 @@ def prepare(folder=HERE, url=URL, shards=10):
     publish_dataset(folder, encoding='gpt2', vocab_size=50257, dtype='uint16')
 
 if __name__ == '__main__':
-    sys.excepthook = in_a_sentence
+    sys.excepthook = explain
     parser = argparse.ArgumentParser()
     parser.add_argument('--shards', type=int, default=10, help='how many of the 103, 100M tokens each')
     prepare(**vars(parser.parse_args()))

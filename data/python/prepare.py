@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import in_a_sentence, publish_dataset
+from configurator import explain
+from data.download import publish_dataset
 
 HERE = Path(__file__).resolve().parent
 # tests outweigh the library they test, and the rest is not there in every installation
@@ -37,5 +38,5 @@ def prepare(folder=HERE):
     publish_dataset(folder, encoding='bytes', vocab_size=256, dtype='uint8')
 
 if __name__ == '__main__':
-    sys.excepthook = in_a_sentence
+    sys.excepthook = explain
     prepare()

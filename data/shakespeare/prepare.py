@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, gpt2_encoding, in_a_sentence, publish_dataset
+from configurator import explain
+from data.download import download, gpt2_encoding, publish_dataset
 from data.shakespeare_char.prepare import SHA256, URL # the same text
 
 HERE = Path(__file__).resolve().parent
@@ -31,5 +32,5 @@ def prepare(folder=HERE, url=URL, sha256=SHA256):
     publish_dataset(folder, encoding='gpt2', vocab_size=gpt2.n_vocab, dtype='uint16')
 
 if __name__ == '__main__':
-    sys.excepthook = in_a_sentence
+    sys.excepthook = explain
     prepare()

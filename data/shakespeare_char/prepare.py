@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
-from data.download import download, in_a_sentence, publish_dataset
+from configurator import explain
+from data.download import download, publish_dataset
 
 HERE = Path(__file__).resolve().parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -34,5 +35,5 @@ def prepare(folder=HERE, url=URL, sha256=SHA256):
     publish_dataset(folder, encoding='chars', vocab_size=len(chars), dtype='uint8', chars=chars)
 
 if __name__ == '__main__':
-    sys.excepthook = in_a_sentence
+    sys.excepthook = explain
     prepare()
