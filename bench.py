@@ -7,17 +7,16 @@ What reversibility costs and saves, beside a standard GPT that stores its activa
     python bench.py length --shape=gpt2 --budget_gb=24              # the longest context, at a batch of one
     python bench.py frontier --shape=gpt2           # memory against work, for seven numbers of stored layers
     python bench.py curve --shape=gpt2              # memory over time, within one step
-    python bench.py check --shape=gpt2              # counted memory beside what a process takes, on Linux
+    python bench.py check --shape=gpt2 --device=cpu # counted memory beside what a process takes, on Linux
     python bench.py throughput                      # tokens/s at equal batch; with --budget_gb at the largest
 
-On a GPU memory is measured, as torch allocates it, and a budget is a hard limit. Elsewhere, and in frontier,
-curve and check, it is counted (memory.py): live bytes of two steps of AdamW, eager. GB are 10^9 bytes. For
-time the cases take turns, and a ratio compares neighbouring turns.
+On a GPU memory is measured, and a budget is a hard limit. Elsewhere, and in frontier, curve and check, it is
+counted (memory.py): live bytes of two steps of AdamW, eager. For time the cases take turns.
 """
 import ctypes
 import gc
 import math
-import multiprocessing
+import subprocess
 import sys
 import time
 from bisect import bisect_right
@@ -30,7 +29,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from configurator import configure
-from memory import count_two_steps, peak_memory
+from memory import count_two_steps
 from model import GPT, GPTConfig, n_slices
 from results.table import open_table, provenance, spread
 from runtime import adamw, count_parameters, start
@@ -66,7 +65,7 @@ SHAPES = {
     'tinyllama': dict(LLAMA, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632, rope_theta=1e4,
                       tied=False, vocab_size=32000)}
 # stored: the part of the layers that keep their graphs; dial: as many as fit into checkpointing's memory.
-# stream: checkpointing in slices, as ours, with a residual stream of this dtype. revlib: that package
+# stream: checkpointing works in slices, as ours, on a residual stream of this dtype. revlib: that package
 CASES = {'standard': dict(stored=1), 'standard/half': dict(stored=0.5), 'checkpointed': {}, 'revlib': {},
          'checkpointed/sliced': dict(stream=torch.float32), 'checkpointed/bf16': dict(stream=torch.bfloat16)}
 CASES = {name: dict(fields, scheme='standard') for name, fields in CASES.items()}
@@ -75,7 +74,7 @@ for scheme in ('midpoint', 'leapfrog', 'symplectic', 'midpoint_a', 'midpoint_sum
     a = 0.5 if scheme == 'midpoint_a' else None
     CASES |= {scheme + end: dict(fields, scheme=scheme, a=a) for end, fields in ENDS.items()}
 CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits) for bits in (4, 0)}
-MODES = 'depth', 'batch', 'length', 'frontier', 'curve', 'check', 'throughput'
+MODES = 'depth', 'batch', 'length', 'frontier', 'curve', 'check', 'throughput', 'resident'
 
 mode = next((arg for arg in sys.argv[1:] if not arg.startswith('-')), '')
 knobs = configure(Knobs, [arg for arg in sys.argv[1:] if arg != mode])
@@ -87,9 +86,7 @@ own = {name: value for name, value in vars(knobs).items() if name in GPTConfig._
 shape = {**own, **SHAPES.get(knobs.shape, {})}
 layers = knobs.layers or ([12, 24, 48] if mode == 'depth' else [shape['n_layer']])
 budgets = [knobs.budget_gb] if isinstance(knobs.budget_gb, float) else knobs.budget_gb
-B = knobs.batch_size
 here = start(knobs)
-on_gpu = here.kind == 'cuda'
 row = open_table(knobs.json, provenance(here, knobs))
 
 # -----------------------------------------------------------------------------
@@ -101,8 +98,8 @@ def build(name, device=None, **change):
     stream = fields.pop('stream', None)
     stored_layers = int(fields.pop('stored', 0) * fields['n_layer'])
     if name.endswith('/dial'):
-        key = lambda n: needs(name.removesuffix('/dial'), B, stored_layers=n)
-        stored_layers = bisect_right(range(1, shape['n_layer'] + 1), needs('checkpointed', B), key=key)
+        key = lambda n: needs(name.removesuffix('/dial'), stored_layers=n)
+        stored_layers = bisect_right(range(1, shape['n_layer'] + 1), needs('checkpointed'), key=key)
     fields.setdefault('stored_layers', stored_layers)
     torch.manual_seed(0)
     with torch.device(device or here.device):
@@ -145,18 +142,18 @@ def train(model, optimizer, n, steps):
         if not knobs.processor_time:
             optimizer.step()
         optimizer.zero_grad()
-    if on_gpu:
+    if here.kind == 'cuda':
         torch.cuda.synchronize()
     return clock() - began
 
-@lru_cache(maxsize=8)
-def counted(name, n, **change):
+@lru_cache(maxsize=16)
+def counted(name, n=knobs.batch_size, **change):
     B, T = size(n)
     return count_two_steps(partial(build, name, device='cpu', block_size=T, **change), B, T, knobs.dtype)
 
-def needs(name, n, **change):
+def needs(name, n=knobs.batch_size, **change):
     """Bytes at the peak: counted, or of three steps on a GPU; inf if it runs out of memory."""
-    if not on_gpu:
+    if here.kind != 'cuda':
         return counted(name, n, **change).curve().max()
     torch._dynamo.reset()
     gc.collect()
@@ -171,8 +168,8 @@ def needs(name, n, **change):
 
 def line(name, **change):
     """
-    Fixed bytes, and bytes per n, of each phase of two steps; backward has one per gradient. Beyond a few slices,
-    each further one adds the same to a phase, so two n determine the line.
+    Fixed bytes, and bytes per n, of each phase of two steps; backward has one per gradient. Beyond a few
+    slices, each further one adds the same to a phase, so two n determine the line.
     """
     few = 4 * max(1, knobs.slice_tokens // shape['block_size'])
     counts = [counted(name, n, **change) for n in (few, 2 * few)]
@@ -185,9 +182,8 @@ def largest(name, gigabytes, **change):
     fixed, each = line(name, **change)
     room = gigabytes * 1e9
     n = max(0, int(((room - fixed)[each > 0] // each[each > 0]).min()))
-    if on_gpu:                      # bisection begins at the counted n
-        total = torch.cuda.get_device_properties(here.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(room / total)
+    if here.kind == 'cuda':                      # bisection begins at the counted n
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
         n = bisect_right(range(1, 2 * n), room, key=lambda n: needs(name, n, **change))
     return n
 
@@ -196,12 +192,12 @@ def largest(name, gigabytes, **change):
 
 def depth():
     for name in cases:
-        if on_gpu:                  # all but weights, gradients and moments
+        if here.kind == 'cuda':                  # all but weights, gradients and moments
             fixed = [16 * count_parameters(build(name, 'meta', n_layer=n)) for n in layers]
-            peaks = [needs(name, B, n_layer=n) - each for n, each in zip(layers, fixed)]
+            peaks = [needs(name, n_layer=n) - each for n, each in zip(layers, fixed)]
         else:
-            peaks = [counted(name, B, n_layer=n).curve('activations').max() for n in layers]
-        row(name, **{'MB per layer': np.polyfit(layers, peaks, 1)[0] / 1e6},
+            peaks = [counted(name, n_layer=n).curve('activations').max() for n in layers]
+        row(name, **{'MB per layer': round(np.polyfit(layers, peaks, 1)[0]) / 1e6},
             **{f'{n} layers': peak / 1e6 for n, peak in zip(layers, peaks)}, layers=layers)
 
 def batch():
@@ -218,16 +214,16 @@ def length():
 
 def frontier():
     for n, name in product(layers, cases):
-        standard = counted('standard', B, n_layer=n)
+        standard = counted('standard', n_layer=n)
         for stored in sorted({round(n * part / 6) for part in range(7)}):
             row(name, **{'layers': n, 'stored layers': stored,
                          'MB per sequence': line(name, n_layer=n, stored_layers=stored)[1].max() / 1e6,
-                         'work': counted(name, B, n_layer=n, stored_layers=stored).work / standard.work})
+                         'work': counted(name, n_layer=n, stored_layers=stored).work / standard.work})
 
 def curve():
     """Memory above weights and optimizer, over the second step."""
     for n, name in product(layers, cases):
-        count = counted(name, B, n_layer=n)
+        count = counted(name, n_layer=n)
         first, last = (time for kind, time in count.marks if kind == 'step')
         _, turn = (time for kind, time in count.marks if kind == 'backward')
         live = (count.curve('gradients', 'activations')[first:last] / 1e6).tolist()
@@ -238,22 +234,26 @@ def curve():
 
 def check():
     """Counted memory beside the peak of a new process, above what it had before its model."""
-    with multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1) as processes:
-        peaks = processes.map(resident, cases, chunksize=1)
-    for name, peak in zip(cases, peaks):
-        expected = counted(name, B).curve().max()
-        row(name, **{'counted MB': expected / 1e6, 'resident MB': peak / 1e6, 'ratio': peak / expected})
+    for name in cases:
+        child = [sys.executable, __file__, 'resident', *sys.argv[2:], f'--cases={name}', '--json=None']
+        found = int(subprocess.check_output(child, text=True).split()[-1])
+        expected = counted(name).curve().max()
+        row(name, **{'counted MB': expected / 1e6, 'resident MB': found / 1e6, 'ratio': found / expected})
 
-def resident(name):
+def resident():
     ctypes.CDLL(None).mallopt(-3, 65536)        # or glibc keeps free blocks of this size and more for reuse
-    before = peak_memory('cpu')
-    model = build(name)
-    train(model, adamw(model), B, 2)
-    return (peak_memory('cpu') - before) * 1e9
+    before = status('VmRSS')
+    model = build(cases[0])
+    train(model, adamw(model), knobs.batch_size, 2)
+    print(status('VmHWM') - before)
+
+def status(key):
+    with open('/proc/self/status') as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
 def throughput():
     for gigabytes in budgets or [None]:
-        sizes = {name: largest(name, gigabytes) if gigabytes else B for name in cases}
+        sizes = {name: largest(name, gigabytes) if gigabytes else knobs.batch_size for name in cases}
         weights = build('standard').state_dict(keep_vars=True)
         models = {name: build(name) for name in cases}
         for model in models.values():           # all models share their weights
@@ -268,7 +268,7 @@ def throughput():
                 if turn:
                     times[name].append(seconds / (2 * sizes[name] * shape['block_size']))
         for name in cases:
-            ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}
+            ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}    # by turn
             row(name, GB=gigabytes, batch=sizes[name] or 'does not fit',
                 **{'stored layers': models[name].config.stored_layers},
                 **spread(['tokens/s', 'lowest', 'highest'], [1 / x for x in times[name]]),

@@ -84,13 +84,15 @@ def explain(kind, error, trace):
     place = traceback.extract_tb(trace)[-1]
     root = os.path.dirname(os.path.realpath(__file__))
     ours = os.path.realpath(place.filename).startswith(root) and 'site-packages' not in place.filename
-    clear = isinstance(error, OSError) or (kind is ValueError and ours and place.line.startswith('raise '))
+    sentence = kind is ValueError and ours and place.line.startswith('raise ')
     said = str(error)
     if isinstance(error, MemoryError) or 'out of memory' in said or 'CPUAllocator' in said:
         said = 'out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps'
-    elif not clear and (kind.__name__.startswith('Dist') or 'onnection' in said or 'imed out' in said):
+    elif sentence or isinstance(error, OSError):
+        pass
+    elif kind.__name__.startswith('Dist') or 'onnection' in said or 'imed out' in said:
         said = 'this process has lost the others: look for the first that failed in the report of torchrun'
-    elif not clear:
+    else:
         return sys.__excepthook__(kind, error, trace)
-    if not ours or os.environ.get('LOCAL_RANK', '0') == '0':        # all processes say so: once will do
+    if not sentence or os.environ.get('LOCAL_RANK', '0') == '0':    # all processes say it: once will do
         print(said, file=sys.stderr)

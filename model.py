@@ -11,9 +11,10 @@ the embedding, and a velocity v, which starts at 0. Each of these lines can be u
     p = p - v                       backward, down again: the same lines undone, the last one first
     v = (v - c * f(p)) / -a
 
-So the forward pass keeps only the last p and v. The backward pass evaluates f(p) once per step, and uses it
-twice: to rebuild v, and for the gradients. Adding floats rounds, so rebuilt states would drift. Integers do
-not: p and v are fixed-point numbers in int64. At the bottom v is 0 again, which proves that all was undone.
+So the forward pass keeps only the last p and v, and the few bits that are cut off where a is a fraction. The
+backward pass evaluates f(p) once per step, and uses it twice: to rebuild v, and for the gradients. Adding
+floats rounds, so rebuilt states would drift. Integers do not: p and v are fixed-point numbers in int64. At
+the bottom v must be 0 again. If one f(p) came out otherwise than in the forward pass, it is not.
 
 The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for
 Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. Blocks are nanoGPT's, or Llama's.
@@ -38,15 +39,16 @@ SCHEMES = {
     'symplectic': lambda a, h: (1, 1),      # p_next = p_prev + f(p), two steps per layer   eq. 2.8, 2.9
     'midpoint_sum': lambda a, h: (1, 1),    # p_next = p_prev + f_below(p) + f(p)           section 4
 }
-DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}   # weak evidence: results/schemes.md
+# of the schemes that have an h; the evidence is weak: results/schemes.md
+DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}
 
 class Coefficients(NamedTuple):
-    """Of a step. For integers a = n / 2^bits, such as -3/4: n = -3, bits = 2. For floats n = a, bits = 0."""
+    """Of one step. In integers a = n / 2^bits: -3/4 has n = -3, bits = 2. In floats n is a, and bits is 0."""
     a: float
     c: float
-    n: int
+    n: float
     bits: int               # bits per element that dividing by 2^bits cuts off; the backward pass needs them
-    inverse: int            # 1 / -n, modulo 2^64
+    inverse: float          # 1 / -n, of integers modulo 2^64
 
 @dataclass
 class GPTConfig:
@@ -74,8 +76,8 @@ class GPTConfig:
     slice_tokens: int = 8192                # f sees about so many at a time: its graph takes the most memory
 
     def __post_init__(self):
-        def must(right, sentence):
-            if not right:
+        def must(condition, sentence):
+            if not condition:
                 raise ValueError(sentence)
 
         self.n_inner = self.n_inner or 4 * self.n_embd
@@ -96,12 +98,15 @@ class GPTConfig:
         must(self.a is None or self.scheme == 'midpoint_a', f'{self.scheme} has no a to choose: leave a out')
         for name in 'a', 'h':
             numbers = self.per_layer(name)
-            fine = all(x in (None, 'random') or type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
-            must(fine and len(numbers) == self.n_layer, f'{name} must be a finite number, or n_layer of them')
+            unset = numbers == [None] * self.n_layer or (name == 'a' and self.a == 'random')
+            finite = all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+            right = unset or (finite and len(numbers) == self.n_layer)
+            must(right, f'{name} must be a finite number, or n_layer of them')
         for a in self.per_layer('a'):
-            if a not in (None, 'random') and self.exact:
+            if a not in (None, 'random'):
                 n, denominator = float(a).as_integer_ratio()    # in lowest terms, over a power of two
-                must(n % 2 == 1 and denominator <= 256, f'a = {a} cannot be undone exactly: give n / 2^k, '
+                exact = n % 2 == 1 and denominator <= 256
+                must(exact or (a != 0 and not self.exact), f'a = {a} cannot be undone exactly: give n / 2^k, '
                      'with n odd and k up to 8, such as 1, -0.5 or 0.75')
 
     def per_layer(self, name):
@@ -194,7 +199,7 @@ class Block(nn.Module):
     def attention(self, x, cache=None):
         return self.attn(self.ln_1(x), cache)
 
-    def feedforward(self, x, cache=None):
+    def feedforward(self, x, cache=None):                                   # all f take (x, cache)
         return self.mlp(self.ln_2(x))
 
     def forward(self, x, cache=None):
@@ -202,7 +207,7 @@ class Block(nn.Module):
         return y + self.feedforward(x + y)                                  # nanoGPT's Block also adds x
 
     def step(self, handle, tape, coefficients, store_graph, below):
-        """Takes the states on the tape one layer up, by one step or two. below: the last block, or None."""
+        """Takes the tape one layer up, by one step or two. GPT.integrate() says what handle and below are."""
         def both(x, cache=None):
             return below(x, cache) + self(x, cache)
 
@@ -279,7 +284,7 @@ class GPT(nn.Module):
                 if j >= first_stored or not with_grad:
                     x = x + block(x, cache)
                 else:               # keeps x alone; the backward pass evaluates the block again
-                    x = x + checkpoint(block, x, use_reentrant=False)
+                    x = x + checkpoint(block, x, cache, use_reentrant=False)
             return x
 
         # p, v and their gradients are on the tape. Autograd sees a chain of handles: x, and then dummy zeros
@@ -290,7 +295,7 @@ class GPT(nn.Module):
         handle = x
         for j, block in enumerate(blocks):
             store_graph = j >= first_stored and with_grad
-            below = blocks[j - 1] if j else None
+            below = blocks[j - 1] if j else None                            # the block before, for its f
             handle = block.step(handle, tape, self.coefficients[j], store_graph, below)
         return tape.last(handle)
 
@@ -328,7 +333,8 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile for every f, for a chunk of the loss, and for the recurrence."""
-        # the limit must hold in backward's own thread: torch 2.13 needs the argument there, 2.11 the setting
+        # the limit must hold in backward's own thread: torch 2.13 needs the argument there, 2.11 the setting.
+        # torch.__version__ compares as a version, not as a string
         torch.compiler.config.recompile_limit = 1000
         limit = dict(recompile_limit=1000) if torch.__version__ >= '2.12' else {}
         # f must round alike in both passes: no kernel for all shapes, and no eager code, may take over later
@@ -337,7 +343,7 @@ class GPT(nn.Module):
             for name in ('attention', 'feedforward') if self.config.scheme == 'symplectic' else ('forward',):
                 setattr(block, name, torch.compile(getattr(block, name), **how))
         self.chunk_loss = torch.compile(chunk_loss, **how)
-        self.kick = torch.compile(kick, **limit)        # all a with as many bits share a kernel
+        self.kick = torch.compile(kick, **limit)        # one kernel per number of bits, whatever n
         self.unkick = torch.compile(unkick, **limit)
 
     @torch.no_grad()
@@ -382,143 +388,8 @@ class Cache:
         return k, v
 
 # -----------------------------------------------------------------------------
-# the two states, and a backward pass written by hand
-
-class Backward(torch.autograd.Function):
-    """A value with a backward pass of ours: a function dL/dvalue -> dL/dinput of each input."""
-    @staticmethod
-    def forward(ctx, value, backward, *inputs):
-        ctx.ours = backward
-        ctx.save_for_backward(*(x for x in inputs if x.is_leaf and x.requires_grad))    # weights: no copies
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        if ctx.ours is None:
-            raise RuntimeError('an earlier backward pass has used up what this one needs: run forward again')
-        ctx.saved_tensors           # raises an error if a weight has changed since the forward pass
-        grads = ctx.ours(g)
-        ctx.ours = None             # the loss may outlive this pass, and would keep its tensors alive
-        return None, None, *grads
-
-class Tape:
-    """
-    The two states, and in the backward pass their gradients, all (B, T, C). f sees each sequence alone, so a
-    step goes slice by slice: unless it is stored, a graph of f exists for one slice at a time.
-    """
-    def __init__(self, model, x, cache):
-        kind = x.device.type
-        self.model = model
-        self.cache = cache
-        self.dtype = x.dtype
-        self.p = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
-        self.v = torch.zeros_like(self.p)       # the paper leaves p_{-1} open: it is p_0, so v is 0
-        self.g_p = None
-        self.g_v = None
-        self.depth = 0                          # steps up so far
-        self.largest = torch.zeros((), dtype=wide(x.dtype), device=x.device)                # see watch()
-        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)
-        self.dropout = model.config.dropout > 0 and model.training
-        self.rng = torch if kind == 'cpu' else torch.get_device_module(kind)
-        # backward runs outside autocast. Training needs no cache of it, which would keep cast weights alive
-        self.autocast = dict(
-            device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=not torch.is_grad_enabled())
-
-    def step(self, handle, f, modules, coefficients, store_graph):
-        """
-        One step up, and in the backward pass down again. There, with J = df/dp, g_p = dL/dp and g_v = dL/dv,
-
-            g_v = g_v + g_p
-            g_p = g_p + c * J^T g_v     one vector-Jacobian product, which yields the weights' gradients, too
-            g_v = -a * g_v
-
-        Weights are inputs of each step, so DistributedDataParallel sends some while others are computed.
-        """
-        a, c, *_ = coefficients
-        weights = [w for module in modules for w in module.parameters() if w.requires_grad]
-        rng_state = self.rng.get_rng_state() if self.dropout else None
-        saved = []                              # per slice: the graph of f, if stored, and the bits cut off
-        for p, v in self.slices(self.p, self.v):                            # (S, T, C) each: S sequences
-            x, fx = self.evaluate(f, p)
-            self.watch(p, v, fx.detach(), coefficients)
-            cut_off = self.model.kick(v, fx.detach(), coefficients)         # v = -a * v + c * f(p)
-            p.add_(v)                                                       # p = p + v
-            saved.append(((x, fx) if store_graph else None, cut_off))
-            del x, fx                           # frees the graph, unless it is stored, before the next one
-        self.depth += 1
-        depth = self.depth
-
-        def down(g_handle):
-            if self.dropout:
-                rng_state_now = self.rng.get_rng_state()
-                self.rng.set_rng_state(rng_state)                           # the same masks again
-            if self.g_v is None:                # the top step: by now g is freed
-                self.g_v = torch.zeros_like(self.g_p)
-            g_weights = [0.0] * len(weights)
-            for p, v, g_p, g_v in self.slices(self.p, self.v, self.g_p, self.g_v):
-                graph, cut_off = saved.pop(0)
-                p.sub_(v)                                                   # p = p - v
-                x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
-                self.model.unkick(v, fx.detach(), cut_off, coefficients)    # v = (v - c * f(p)) / -a
-                g_v.add_(g_p)                                               # g_v = g_v + g_p
-                g_x, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_v).to(fx.dtype))
-                g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
-                g_v.mul_(-a)                                                # g_v = -a * g_v
-                g_weights = [g + more for g, more in zip(g_weights, g_w)]      # of all slices
-            if self.dropout:
-                self.rng.set_rng_state(rng_state_now)
-            if depth == 1:                                                  # at the bottom
-                self.end()
-                g_handle = self.g_p                                         # dL/dx
-            return g_handle, *g_weights
-
-        return Backward.apply(handle.new_zeros(()), down, handle, *weights)
-
-    def last(self, handle):
-        """The last p as floats (B, T, C); NaN if an f(p) was not finite, or a state may have wrapped."""
-        def turn(g):
-            self.g_p = g.clone()                # autograd may still need g, and the steps change g_p in place
-            return [g.new_zeros(())]
-
-        last = to_float(self.p, self.dtype)
-        if self.p.dtype == torch.int64:
-            last.add_(torch.where(self.largest < 0.999 * 2**63, 0.0, math.nan))     # an if waits for a GPU
-        return Backward.apply(last, turn, handle)
-
-    def slices(self, *tensors):
-        return zip(*(x.tensor_split(self.n_slices) for x in tensors))
-
-    def evaluate(self, f, p):
-        """
-        (x, f(x)), where x is p (S, T, C) as floats. The way up builds the graph too: without it attention and
-        torch.compile may choose kernels that round differently from those of the way down.
-        """
-        x = to_float(p, self.dtype).requires_grad_()
-        with torch.enable_grad(), torch.autocast(**self.autocast):
-            return x, f(x, self.cache)
-
-    def watch(self, p, v, fx, coefficients):
-        """Integers wrap silently, and know no inf or NaN. So this bounds the values of a step beforehand."""
-        if p.dtype == torch.int64:
-            a, c, n, *_ = coefficients
-            p, v, fx = (torch.stack(x.aminmax()).to(self.largest.dtype).abs().max() for x in (p, v, fx))
-            bounds = abs(n) * v, p + abs(a) * v + abs(c) * ONE * fx
-            self.largest = torch.stack((self.largest, *bounds)).max()
-
-    def end(self):
-        """Steps are one-to-one, so a bit that was rebuilt wrong cannot vanish: v is not 0 at the bottom."""
-        if self.model.config.verify and self.model.config.exact:
-            self.model.mismatches += self.v.count_nonzero()
-
-def n_slices(B, T, slice_tokens):
-    """Equal ones, if less than twice the least number will do: torch.compile compiles each size anew."""
-    least = min(B, math.ceil(B * T / slice_tokens))
-    return next((n for n in range(least, 2 * least) if B % n == 0), least)
-
-# -----------------------------------------------------------------------------
-# the states as numbers: int64 with 32 fractional bits; float states (exact=False) work as well
+# the states: int64 with 32 fractional bits; float states (exact=False) work as well.
+# test_reversible.py finds lines here and below by their comments
 
 ONE = 2**32                 # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
@@ -577,13 +448,151 @@ def unpack(packed, bits, shape):
     return (low & (2**bits - 1)).flatten()[:math.prod(shape)].view(shape).long()
 
 # -----------------------------------------------------------------------------
+# the two states, and a backward pass written by hand
+
+class Backward(torch.autograd.Function):
+    """A value with a backward pass of ours: a function dL/dvalue -> dL/dinput of each input."""
+    @staticmethod
+    def forward(ctx, value, ours, *inputs):
+        ctx.ours = ours
+        ctx.save_for_backward(*(x for x in inputs if x.is_leaf and x.requires_grad))    # weights, not copied
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        if ctx.ours is None:
+            raise RuntimeError('an earlier backward pass has used up what this one needs: run forward again')
+        ctx.saved_tensors           # raises an error if a weight has changed since the forward pass
+        grads = ctx.ours(g)
+        ctx.ours = None             # the loss may outlive this pass, and would keep its tensors alive
+        return None, None, *grads
+
+class Tape:
+    """
+    The two states, and in the backward pass their gradients, all (B, T, C). f sees each sequence alone, so a
+    step goes slice by slice: unless it is stored, a graph of f exists for one slice at a time.
+    """
+    def __init__(self, model, x, cache):
+        kind = x.device.type
+        self.model = model
+        self.cache = cache
+        self.dtype = x.dtype
+        self.p = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
+        self.v = torch.zeros_like(self.p)       # the paper leaves p_{-1} open: it is p_0, so v is 0
+        self.g_p = None
+        self.g_v = None
+        self.depth = 0                          # steps up so far
+        self.largest = torch.zeros((), dtype=wide(x.dtype), device=x.device)                # see watch()
+        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)
+        self.dropout = model.config.dropout > 0 and model.training
+        self.rng = torch if kind == 'cpu' else torch.get_device_module(kind)
+        # backward runs outside autocast. In training autocast's own cache would keep all cast weights alive
+        self.autocast = dict(
+            device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=not torch.is_grad_enabled())
+
+    def step(self, handle, f, modules, coefficients, store_graph):
+        """
+        One step up, and in the backward pass down again. There, with J = df/dp, g_p = dL/dp and g_v = dL/dv,
+
+            g_v = g_v + g_p
+            g_p = g_p + c * J^T g_v     one vector-Jacobian product, which yields the weights' gradients, too
+            g_v = -a * g_v
+
+        Rounding to integers counts as the identity.
+        Weights are inputs of each step, so DistributedDataParallel sends some while others are computed.
+        """
+        a, c, *_ = coefficients
+        weights = [w for module in modules for w in module.parameters() if w.requires_grad]
+        rng_state = self.rng.get_rng_state() if self.dropout else None
+        saved = []                              # per slice: the graph of f, if stored, and the bits cut off
+        for p, v in self.slices(self.p, self.v):                            # (S, T, C) each: S sequences
+            x, fx = self.evaluate(f, p)
+            self.watch(p, v, fx.detach(), coefficients)
+            cut_off = self.model.kick(v, fx.detach(), coefficients)         # v = -a * v + c * f(p)
+            p.add_(v)                                                       # p = p + v
+            saved.append(((x, fx) if store_graph else None, cut_off))
+            del x, fx                           # frees the graph, unless it is stored, before the next one
+        self.depth += 1
+        depth = self.depth
+
+        def down(g_handle):
+            if self.dropout:
+                rng_state_now = self.rng.get_rng_state()
+                self.rng.set_rng_state(rng_state)                           # the same masks again
+            if self.g_v is None:                # in the top step; in turn() g would still take memory
+                self.g_v = torch.zeros_like(self.g_p)
+            g_weights = [0.0] * len(weights)
+            for p, v, g_p, g_v in self.slices(self.p, self.v, self.g_p, self.g_v):
+                graph, cut_off = saved.pop(0)
+                p.sub_(v)                                                   # p = p - v
+                x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
+                self.model.unkick(v, fx.detach(), cut_off, coefficients)    # v = (v - c * f(p)) / -a
+                g_v.add_(g_p)                                               # g_v = g_v + g_p
+                g_x, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_v).to(fx.dtype))
+                g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
+                g_v.mul_(-a)                                                # g_v = -a * g_v
+                g_weights = [g + more for g, more in zip(g_weights, g_w)]      # of all slices
+            if self.dropout:
+                self.rng.set_rng_state(rng_state_now)
+            if depth == 1:                                                  # at the bottom
+                self.end()
+                g_handle = self.g_p                                         # dL/dx
+            return g_handle, *g_weights
+
+        return Backward.apply(handle.new_zeros(()), down, handle, *weights)
+
+    def last(self, handle):
+        """The last p as floats (B, T, C); NaN if an f(p) was not finite, or a state may have wrapped."""
+        def turn(g):
+            self.g_p = g.clone()                # autograd may still need g, and the steps change g_p in place
+            return [g.new_zeros(())]
+
+        last = to_float(self.p, self.dtype)
+        if self.p.dtype == torch.int64:
+            last.add_(torch.where(self.largest < 0.999 * 2**63, 0.0, math.nan))     # an if would wait
+        return Backward.apply(last, turn, handle)
+
+    def slices(self, *tensors):
+        """Views: what changes them changes the whole."""
+        return zip(*(x.tensor_split(self.n_slices) for x in tensors))
+
+    def evaluate(self, f, p):
+        """
+        (x, f(x)), where x is p (S, T, C) as floats. The way up builds the graph too: without it attention and
+        torch.compile may choose kernels that round differently from those of the way down.
+        """
+        x = to_float(p, self.dtype).requires_grad_()
+        with torch.enable_grad(), torch.autocast(**self.autocast):
+            return x, f(x, self.cache)
+
+    def watch(self, p, v, fx, coefficients):
+        """Integers wrap silently, and know no inf or NaN. So this bounds the values of a step beforehand."""
+        if p.dtype == torch.int64:
+            a, c, n, *_ = coefficients
+            p, v, fx = (torch.stack(x.aminmax()).to(self.largest.dtype).abs().max() for x in (p, v, fx))
+            bounds = abs(n) * v, p + abs(a) * v + abs(c) * ONE * fx
+            self.largest = torch.stack((self.largest, *bounds)).max()
+
+    def end(self):
+        """v is 0 again, unless an f(p) was other than on the way up: the steps below cannot undo that."""
+        if self.model.config.verify and self.model.config.exact:
+            self.model.mismatches += self.v.count_nonzero()
+
+def n_slices(B, T, slice_tokens):
+    """At least B * T / slice_tokens; up to twice as many, if that makes them equal: one size to compile."""
+    least = min(B, math.ceil(B * T / slice_tokens))
+    return next((n for n in range(least, 2 * least) if B % n == 0), least)
+
+# -----------------------------------------------------------------------------
 # what the loss is made of
 
 def cross_entropy(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
 
-def chunk_loss(norm, criterion, x, weight, *rows):          # x (n, C), weight (V, C), rows (n, ...)
-    return criterion(F.linear(norm(x), weight).to(wide(x.dtype)), *rows)            # logits (n, V)
+def chunk_loss(ln_f, criterion, x, weight, *rows):          # x (n, C), weight (V, C), rows (n, ...)
+    return criterion(F.linear(ln_f(x), weight).to(wide(x.dtype)), *rows)            # logits (n, V)
 
 def head(weight):
     """

@@ -1,15 +1,12 @@
 """
-What must be true of the hand-written backward pass, as a lesson; a minute on two CPU cores:
-
-    python -m pytest test_reversible.py
+What must be true of the hand-written backward pass, as a lesson:  python -m pytest test_reversible.py
 
 1. up and down: the states of a few steps, undone one by one
 2. exact: gradients of stored and of rebuilt activations are equal bit for bit, and so is every rebuilt state
 3. right: they are the gradients of the paper's equations, by ordinary autograd and by finite differences
 4. these checks can fail: each fault planted in model.py must be noticed
 
-tests/test_memory.py shows that nothing which lives between the two passes grows with depth, except k bits per
-element where a = n / 2^k. tests/test_model.py has the rest of what one expects of a GPT.
+tests/test_memory.py shows what lives between the two passes: little that grows with depth.
 """
 from contextlib import contextmanager
 
@@ -42,14 +39,12 @@ def test_a_step_up_and_down_is_where_it_was():
 # -----------------------------------------------------------------------------
 # models, tokens and gradients for the tests below
 
-MIDPOINT = dict(scheme='midpoint')
-LEAPFROG = dict(scheme='leapfrog')
-SYMPLECTIC = dict(scheme='symplectic')
+MIDPOINT, LEAPFROG, SYMPLECTIC = (dict(scheme=name) for name in ('midpoint', 'leapfrog', 'symplectic'))
 BITS = dict(scheme='midpoint_a', a=[0.5, -0.5, 1 / 16, -1.25], h=[0.7, 1.3, 1.0, 1.1])
 LLAMA = dict(norm='rmsnorm', mlp='swiglu', n_inner=48, n_kv_head=2, rope_theta=1e4, tied=False, bias=False)
 SCHEMES = [MIDPOINT, LEAPFROG, SYMPLECTIC, dict(scheme='midpoint_a'), BITS,
            dict(scheme='midpoint_a', a=[0.75, 3 / 256, 1.0, -1.0]), dict(scheme='midpoint_sum'),
-           dict(scheme='midpoint_a', a=0.5, h=[1.0, 1.5, 1.5, 1.5], **LLAMA)]               # as retrofitted
+           dict(scheme='midpoint_a', a=-0.5, h=[0.58, 0.57, 0.67, 1.0], **LLAMA)]           # as retrofitted
 
 def name_of(scheme):
     return 'Llama' if 'norm' in scheme else ' '.join(str(value) for value in scheme.values())
@@ -72,8 +67,8 @@ def batch(rows=B):
     tokens = torch.randint(V, (rows, T + 1), generator=torch.Generator().manual_seed(1))
     return tokens[:, :-1], tokens[:, 1:]
 
-def gradients(model, dtype=torch.float32, seed=2):
-    torch.manual_seed(seed)
+def gradients(model, dtype=torch.float32):
+    torch.manual_seed(2)
     with torch.autocast('cpu', dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
         loss = model(*batch())[1]
     loss.backward()
@@ -112,7 +107,7 @@ def check_exact(scheme, dtype=torch.float32, dropout=0.0, amplify=1, compiled=Fa
         with recorded() as states:
             results.append(gradients(model, dtype))
         assert model.mismatches == 0, 'v is not 0 again'
-    slices = model_py.n_slices(B, T, model.config.slice_tokens)
+    slices = model_py.n_slices(B, T, model.config.slice_tokens)     # states: of the last model, all rebuilt
     up, down = torch.stack(states).unflatten(0, (2, -1, slices))
     assert torch.equal(up.flip(0), down), 'a rebuilt state differs'
     for result in results[1:]:
@@ -166,7 +161,7 @@ def test_where_nothing_can_be_compared_nothing_is(fields):
     if frozen:
         for module in (model.transformer.wte, model.transformer.wpe, model.transformer.h[0]):
             module.requires_grad_(False)
-    if 'exact' not in fields:
+    if 'exact' not in fields:                   # floats have no bits to flip
         plant_one_bit(model, L - 1)
     gradients(model)
     assert type(model.mismatches) is int and model.mismatches == 0
@@ -175,7 +170,7 @@ def test_where_nothing_can_be_compared_nothing_is(fields):
 # 3. the right gradients: the paper's equations with p_prev and p, written again for ordinary autograd
 
 def increments(model):
-    """f of each step."""
+    """f of each step; each is called before the loop goes on."""
     blocks = model.transformer.h
     for j, block in enumerate(blocks):
         if model.config.scheme == 'symplectic':
@@ -205,7 +200,7 @@ def autograd_gradients(model, exact):
     if model.config.rope_theta is None:
         x = x + model.transformer.wpe(torch.arange(T))
     p_prev = p = nearest(x.double())
-    layers = sorted([*range(L)] * (2 if scheme == 'symplectic' else 1))
+    layers = sorted([*range(L)] * (2 if scheme == 'symplectic' else 1))     # symplectic: 0 0 1 1 2 2 3 3
     for j, f in zip(layers, increments(model)):
         a = model.config.per_layer('a')[j]
         h = model.config.per_layer('h')[j]

@@ -7,9 +7,9 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # trains a pretrained model further
 
-It writes log.csv, best.pt and last.pt to out_dir, at every evaluation, at the end, on Ctrl-C and on SIGTERM.
-A run that torchrun restarts goes on by itself, if it has its own --rdzv_id. The data of a step depend on seed
-and step alone. A resumed run equals an uninterrupted one bit for bit, if kernels are deterministic.
+It writes log.csv to out_dir, last.pt at every evaluation, at the end, on Ctrl-C and on SIGTERM, and best.pt
+when the validation loss falls. A run that torchrun restarts goes on by itself, if it has its own --rdzv_id.
+The data of a step depend on seed and step alone. On a CPU resumed runs equal uninterrupted ones bit for bit.
 """
 import math
 import sys
@@ -85,7 +85,7 @@ class Knobs:
 FREE = 'dropout exact verify slice_tokens stored_layers'.split()        # these may change from run to run
 FIXED = [name for name in GPTConfig.__dataclass_fields__ if name not in FREE]
 
-# dense bf16 operations per second, by NVIDIA's data sheets; other GPUs get no MFU
+# dense bf16 operations per second, by NVIDIA's data sheets; a longer name stands before a part of it
 PEAK_FLOPS = {'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12,
               'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12}
 
@@ -99,7 +99,7 @@ accumulation = micro_batches(knobs)
 torch.manual_seed(knobs.seed)
 last = f'{knobs.out_dir}/last.pt'
 best = f'{knobs.out_dir}/best.pt'
-checkpoint = resumed(last, knobs, meta, ['seed', 'dataset', 'bits', *FIXED])
+checkpoint = resumed(last, knobs, meta, ['seed', 'dataset', 'bits', *FIXED])       # {} for a new run
 step = checkpoint.get('step', 0)
 best_val_loss = checkpoint.get('best_val_loss', math.inf)
 
@@ -117,7 +117,7 @@ elif knobs.init_from == 'scratch':
     config = GPTConfig(**given)
 else:
     config = chosen(knobs)
-    for name in sorted(set(FIXED) - {'block_size'}):
+    for name in sorted(set(FIXED) - {'block_size'}):        # what was given must not contradict the model
         value = given[name]
         its = getattr(config, name)
         if value != getattr(Knobs, name) and its not in (value, [value] * config.n_layer):
@@ -183,7 +183,8 @@ while step < knobs.max_iters:
         x, y = next(batches)                # while a GPU is still at work
     here.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
-    loss, norm, stop = agree(step, loss, norm, model.mismatches, here)      # the only wait for the GPU
+    # the only wait for the GPU. It raises an error if states were rebuilt wrong; stop: a process was told to
+    loss, norm, stop = agree(step, loss, norm, model.mismatches, here)
     if stop:                                # this step is not taken: the weights are those of the last one
         save(last)
         say(f'stopped at step {step}: continue with --init_from=resume')
@@ -209,5 +210,5 @@ while step < knobs.max_iters:
             paths.append(best)
         save(*paths)
 
-del parallel
+del parallel                                # which would keep the process group alive
 leave()

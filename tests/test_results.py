@@ -1,8 +1,8 @@
 """
 What must be true of README.md, RESULTS.md and results/:  python -m pytest tests/test_results.py
 
-No link is dead, RESULTS.md stays short, every file of results/ is named on a page, and the method in the README has
-the gradients of model.py.
+No link is dead, RESULTS.md stays short, every file of results/ is named on a page, and the method in the
+README has the gradients of model.py.
 """
 import os
 import re
