@@ -268,7 +268,7 @@ def throughput():
                 if turn:
                     times[name].append(seconds / (2 * sizes[name] * shape['block_size']))
         for name in cases:
-            ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}    # by turn
+            ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}   # by turn
             row(name, GB=gigabytes, batch=sizes[name] or 'does not fit',
                 **{'stored layers': models[name].config.stored_layers},
                 **spread(['tokens/s', 'lowest', 'highest'], [1 / x for x in times[name]]),

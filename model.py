@@ -320,8 +320,8 @@ class GPT(nn.Module):
             loss = self.chunk_loss(ln_f, criterion or cross_entropy, x_i, weight, *rows_i)
             total = total + loss.detach()
             if torch.is_grad_enabled():
-                new = torch.autograd.grad(loss, (x_i, *leaves))
-                for grad, g in zip((g_i, *grads[1:]), new):
+                g_i[:], *new = torch.autograd.grad(loss, (x_i, *leaves))
+                for grad, g in zip(grads[1:], new):
                     grad += g
         for grad in grads:
             grad.div_(count)

@@ -24,7 +24,7 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(sys.argv[1
 PYTHON
 
 # Two texts: documents of Debian 12 (packages debian-reference-en 2.100, developers-reference 12.18 and
-# debian-policy 4.6.2.0) and the standard library of Python 3.11. data/both has as many tokens of each one, for
+# debian-policy 4.6.2.0) and the standard library of Python 3.11. data/both has as many tokens of each, for
 # tuning.
 if [ ! -e data/both ]; then
     mkdir -p texts
