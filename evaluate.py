@@ -2,7 +2,7 @@
 Zero-shot accuracy on multiple-choice questions, and validation loss, of one model or several side by side.
 
     python evaluate.py --init_from=gpt2 --tasks=piqa,arc_easy,arc_challenge,openbookqa,winogrande,hellaswag
-    python evaluate.py --init_from=gpt2,out_retrofit_gpt2/midpoint_a_2bit/last.pt --tasks=piqa
+    python evaluate.py --init_from=gpt2,out_retrofit_gpt2/last.pt --tasks=piqa
     python evaluate.py --init_from=out_python/best.pt --datasets=python         # loss and perplexity
     torchrun --standalone --nproc_per_node=8 evaluate.py --init_from=gpt2-xl --tasks=hellaswag
 

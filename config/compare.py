@@ -1,5 +1,5 @@
 """
-A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. results/compare.py makes all runs.
+A run of the comparison of schemes: 12 layers, 3.0M tokens, 0.6M parameters. All of them: results/compare.py.
 
     python train.py config/compare.py --scheme=leapfrog --h=0.25 --seed=1 --out_dir=out_compare_one
 

@@ -1,5 +1,5 @@
 """
-A standard GPT on the source code of Python's standard library: the teacher of config/retrofit_table.py.
+A standard GPT on the source code of Python's standard library, larger than config/python_teacher.py's.
 
     python data/python/prepare.py && python train.py config/python.py
 
