@@ -13,7 +13,7 @@ the embedding, and a velocity v, which starts at 0. Each of these lines can be u
 
 So the forward pass keeps only the last p and v, and the few bits that are cut off where a is a fraction. The
 backward pass evaluates f(p) once per step, and uses it twice: to rebuild v, and for the gradients. Adding
-floats rounds, so rebuilt states would drift. Integers do not: p and v are fixed-point numbers in int64. At
+floats rounds, so rebuilt states would drift. Integers do not: p and v are fixed-point numbers in int32. At
 the bottom v must be 0 again. If one f(p) came out otherwise than in the forward pass, it is not.
 
 The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for
@@ -39,6 +39,7 @@ SCHEMES = {
     'symplectic': lambda a, h: (1, 1),      # p_next = p_prev + f(p), two steps per layer   eq. 2.8, 2.9
     'midpoint_sum': lambda a, h: (1, 1),    # p_next = p_prev + f_below(p) + f(p)           section 4
 }
+FRACTIONAL_BITS = {32: 20, 64: 32}          # by state_bits; see results/exactness.md
 # of the schemes that have an h; the evidence is weak: results/schemes.md
 DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}
 
@@ -48,7 +49,8 @@ class Coefficients(NamedTuple):
     c: float
     n: float
     bits: int               # bits per element that dividing by 2^bits cuts off; the backward pass needs them
-    inverse: float          # 1 / -n, of integers modulo 2^64
+    inverse: float          # 1 / -n, of integers modulo 2^32 or 2^64
+    one: float              # the number 1 as a state: 2^fractional_bits, or 1 in floats
 
 @dataclass
 class GPTConfig:
@@ -72,6 +74,8 @@ class GPTConfig:
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None or 'random': see GPT
     stored_layers: int | None = None        # how many of the last layers keep their graphs; None: 0
     exact: bool = True                      # states are integers; False: floats, which drift, as in the paper
+    state_bits: int = 32                    # of a state: 32 or 64. Weights of float64 have 64 in any case
+    fractional_bits: int | None = None      # of these, after the point; None: 20 of 32, or 32 of 64
     verify: bool = True                     # count the elements of v that are not 0 after the backward pass
     slice_tokens: int = 8192                # f sees about so many at a time: its graph takes the most memory
 
@@ -82,6 +86,8 @@ class GPTConfig:
 
         self.n_inner = self.n_inner or 4 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
+        if self.fractional_bits is None:
+            self.fractional_bits = FRACTIONAL_BITS.get(self.state_bits)
         if self.stored_layers is None:
             self.stored_layers = self.n_layer if self.scheme == 'standard' else 0
         if self.h is None:
@@ -93,6 +99,9 @@ class GPTConfig:
         must(self.n_head % self.n_kv_head == 0, 'n_head must be divisible by n_kv_head')
         even = self.n_embd // self.n_head % 2 == 0
         must(even or self.rope_theta is None, 'rotary positions need an even n_embd / n_head')
+        must(self.state_bits in FRACTIONAL_BITS, 'state_bits must be 32 or 64')
+        room = range(self.state_bits - 1)
+        must(self.fractional_bits in room, f'fractional_bits must be from 0 to {self.state_bits - 2}')
         must(self.stored_layers in range(self.n_layer + 1), 'stored_layers must be from 0 to n_layer')
         must(self.h is None or self.scheme in DEFAULT_H, f'{self.scheme} has no h to choose: leave h out')
         must(self.a is None or self.scheme == 'midpoint_a', f'{self.scheme} has no a to choose: leave a out')
@@ -113,16 +122,25 @@ class GPTConfig:
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * self.n_layer
 
-    def coefficients(self):
-        """The Coefficients of each layer."""
+    def integers(self, dtype):
+        """(dtype of the states, the number 1 as a state), if the embedding has this dtype."""
+        if not self.exact:
+            return wide(dtype), 1.0
+        if dtype == torch.float64 and self.state_bits == 32:
+            return torch.int64, 2.0**FRACTIONAL_BITS[64]
+        return (torch.int32 if self.state_bits == 32 else torch.int64), 2.0**self.fractional_bits
+
+    def coefficients(self, dtype=torch.float32):
+        """The Coefficients of each layer, if the embedding has this dtype."""
+        state, one = self.integers(dtype)
         result = []
         for chosen, h in zip(self.per_layer('a'), self.per_layer('h')):
             a, c = SCHEMES[self.scheme](chosen, h)
             n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)
             inverse = 0                                         # of standard, which is never undone
             if a:
-                inverse = integer_inverse(-n) if self.exact else -1 / a
-            result.append(Coefficients(a, c, n, denominator.bit_length() - 1, inverse))
+                inverse = integer_inverse(-n, state) if self.exact else -1 / a
+            result.append(Coefficients(a, c, n, denominator.bit_length() - 1, inverse, one))
         return result
 
 # -----------------------------------------------------------------------------
@@ -150,8 +168,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.size()          # sequences, tokens, channels: T 1024, C 768 = nh 12 x hs 64 in GPT-2
         first = cache.tokens if cache else 0
-        qkv = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)        # (B, nh + 2 nkv, T, hs)
-        q, k, v = qkv.split(self.heads, dim=1)                              # (B, nh or nkv, T, hs)
+        qkv = self.c_attn(x).view(B, T, -1, self.hs).split(self.heads, dim=2)
+        q, k, v = (y.transpose(1, 2) for y in qkv)                          # (B, nh or nkv, T, hs) each
         if self.theta is not None:
             q = rotate(q, self.theta, first)
             k = rotate(k, self.theta, first)
@@ -191,6 +209,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.scheme = config.scheme
+        self.tile = config.slice_tokens
         self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = norm(config)
@@ -204,7 +223,11 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         y = self.attention(x, cache)
-        return y + self.feedforward(x + y)                                  # nanoGPT's Block also adds x
+        if x.size(1) <= self.tile:
+            return y + self.feedforward(x + y)                              # nanoGPT's Block also adds x
+        # one sequence is longer than a slice. The MLP has most of the graph: now it keeps that of one tile
+        tiles = (x + y).split(self.tile, dim=1)
+        return y + torch.cat([checkpoint(self.feedforward, z, use_reentrant=False) for z in tiles], 1)
 
     def step(self, handle, tape, coefficients, store_graph, below):
         """Takes the tape one layer up, by one step or two. GPT.integrate() says what handle and below are."""
@@ -213,7 +236,8 @@ class Block(nn.Module):
 
         if self.scheme == 'symplectic':
             handle = tape.step(handle, self.attention, (self.ln_1, self.attn), coefficients, store_graph)
-            return tape.step(handle, self.feedforward, (self.ln_2, self.mlp), coefficients, store_graph)
+            mlp = self.ln_2, self.mlp
+            return tape.step(handle, self.feedforward, mlp, coefficients, store_graph, by_token=True)
         if self.scheme == 'midpoint_sum' and below:
             return tape.step(handle, both, (below, self), coefficients, store_graph)
         return tape.step(handle, self, (self,), coefficients, store_graph)
@@ -226,11 +250,11 @@ class GPT(nn.Module):
             a = sign + torch.rand(config.n_layer, device='cpu') - 0.5
             config = replace(config, a=(a * 4).round().div(4).tolist())
         self.config = config
-        self.coefficients = config.coefficients()
         self.kick = kick            # compile_parts() replaces these three
         self.unkick = unkick
         self.chunk_loss = chunk_loss
-        self.mismatches = 0         # elements of v that were not 0 again: training looks at it
+        self.mismatches = 0         # elements of v that were not 0 again: training looks at it, and at
+        self.largest = 0.0          # the largest value that a step had to hold, as a part of its range
         self.transformer = nn.ModuleDict()
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.rope_theta is None:
@@ -293,10 +317,11 @@ class GPT(nn.Module):
         # gradients of its weights, and the lowest one returns dL/dx
         tape = Tape(self, x, cache)
         handle = x
+        steps = self.config.coefficients(x.dtype)
         for j, block in enumerate(blocks):
             store_graph = j >= first_stored and with_grad
             below = blocks[j - 1] if j else None                            # the block before, for its f
-            handle = block.step(handle, tape, self.coefficients[j], store_graph, below)
+            handle = block.step(handle, tape, steps[j], store_graph, below)
         return tape.last(handle)
 
     def loss(self, x, targets, criterion=None, chunk=1024):
@@ -323,11 +348,9 @@ class GPT(nn.Module):
                 g_i[:], *new = torch.autograd.grad(loss, (x_i, *leaves))
                 for grad, g in zip(grads[1:], new):
                     grad += g
-        for grad in grads:
-            grad.div_(count)
 
         def scaled(g):
-            return [grad.mul_(g) for grad in grads]     # in place: they may be the largest tensors
+            return [grad.mul_(g / count) for grad in grads]     # in place: they may be the largest tensors
 
         return Backward.apply(total / count, scaled, x, *weights)
 
@@ -388,51 +411,50 @@ class Cache:
         return k, v
 
 # -----------------------------------------------------------------------------
-# the states: int64 with 32 fractional bits; float states (exact=False) work as well.
+# the states: integers with fractional bits; float states (exact=False) work as well.
 # test_reversible.py finds lines here and below by their comments
-
-ONE = 2**32                 # the number 1: a state spans -2^31 to 2^31 in steps of 2^-32
 
 def kick(v, fx, coefficients):
     """v = -a * v + c * f(p), in place, both (S, T, C). Returns the bits that dividing cut off, or None."""
-    _, c, n, bits, _ = coefficients
+    _, c, n, bits, _, one = coefficients
     multiply(v, -n)                                         # -a * v
     cut_off = pack(v, bits) if bits else None
     if bits:
         v.bitwise_right_shift_(bits)                        # / 2^bits
-    v.add_(to_state(c, fx, v.dtype))                        # + c * f(p)
+    v.add_(to_state(fx, c * one, v.dtype))                  # + c * f(p)
     return cut_off
 
 def unkick(v, fx, cut_off, coefficients):
     """v = (v - c * f(p)) / -a, in place: kick() undone, its last line first."""
-    _, c, _, bits, inverse = coefficients
-    v.sub_(to_state(c, fx, v.dtype))                        # - c * f(p)
+    _, c, _, bits, inverse, one = coefficients
+    v.sub_(to_state(fx, c * one, v.dtype))                  # - c * f(p)
     if bits:
         v.bitwise_left_shift_(bits)                         # * 2^bits
         v.bitwise_or_(unpack(cut_off, bits, v.shape))       # the bits again
     multiply(v, inverse)                                    # / -a
 
 def multiply(v, n):
-    """In place. Most a are 1 or -1, and on integers neg_ is four times as fast as mul_."""
+    """In place. Most n are 1 or -1: nothing to do, or neg_, which is faster than mul_."""
     if n == -1:
         v.neg_()
     elif n != 1:
         v.mul_(n)
 
-def integer_inverse(n):
-    """1 / n in int64, which computes modulo 2^64: every odd n has an inverse there."""
-    return (pow(n, -1, 2**64) + 2**63) % 2**64 - 2**63
+def integer_inverse(n, dtype):
+    """1 / n in integers, which compute modulo 2^32 or 2^64: every odd n has an inverse there."""
+    modulus = 2**torch.iinfo(dtype).bits
+    return (pow(n, -1, modulus) + modulus // 2) % modulus - modulus // 2
 
 def wide(dtype):
     return torch.promote_types(dtype, torch.float32)        # at least float32: states would overflow float16
 
-def to_state(c, x, dtype):
-    """c * x as a state, in new memory."""
-    x = x.detach().to(wide(x.dtype), copy=True)
-    return x.mul_(c * ONE).round_().long() if dtype == torch.int64 else x.mul_(c)
+def to_state(x, scale, dtype):
+    """scale * x as a state, in new memory."""
+    x = x.detach().to(wide(x.dtype)).mul(scale)
+    return x if dtype.is_floating_point else x.round_().to(dtype)
 
-def to_float(p, dtype):
-    return p.to(wide(dtype)).mul_(1 / ONE).to(dtype) if p.dtype == torch.int64 else p.to(dtype, copy=True)
+def to_float(p, one, dtype):
+    return p.to(wide(dtype), copy=True).mul_(1 / one).to(dtype)
 
 def pack(v, bits):
     """The low bits of every element, in slots of 1, 2, 4 or 8 bits, several slots to a byte."""
@@ -442,10 +464,10 @@ def pack(v, bits):
     return (low << torch.arange(0, 8, slot, dtype=torch.uint8, device=v.device)).sum(1, dtype=torch.uint8)
 
 def unpack(packed, bits, shape):
-    """What pack() packed, as int64 of this shape."""
+    """What pack() packed, in this shape."""
     slot = 1 << (bits - 1).bit_length()
     low = packed[:, None] >> torch.arange(0, 8, slot, dtype=torch.uint8, device=packed.device)
-    return (low & (2**bits - 1)).flatten()[:math.prod(shape)].view(shape).long()
+    return (low & (2**bits - 1)).flatten()[:math.prod(shape)].view(shape)
 
 # -----------------------------------------------------------------------------
 # the two states, and a backward pass written by hand
@@ -471,20 +493,24 @@ class Backward(torch.autograd.Function):
 class Tape:
     """
     The two states, and in the backward pass their gradients, all (B, T, C). f sees each sequence alone, so a
-    step goes slice by slice: unless it is stored, a graph of f exists for one slice at a time.
+    step goes slice by slice: unless it is stored, a graph of f exists for one slice at a time. The MLP sees
+    each token alone: in symplectic its slices may cut a sequence anywhere.
     """
     def __init__(self, model, x, cache):
         kind = x.device.type
         self.model = model
         self.cache = cache
         self.dtype = x.dtype
-        self.p = to_state(1, x, torch.int64 if model.config.exact else wide(x.dtype))
+        state, self.one = model.config.integers(x.dtype)
+        self.p = to_state(x, self.one, state)
         self.v = torch.zeros_like(self.p)       # the paper leaves p_{-1} open: it is p_0, so v is 0
         self.g_p = None
         self.g_v = None
         self.depth = 0                          # steps up so far
-        self.largest = torch.zeros((), dtype=wide(x.dtype), device=x.device)                # see watch()
-        self.n_slices = 1 if cache else n_slices(*x.shape[:2], model.config.slice_tokens)
+        self.looks = []                         # see watch()
+        self.bounds = []
+        x = x.detach()
+        self.watch(x, x, x, [[self.one, 0, 0], [0, 0, 0]])
         self.dropout = model.config.dropout > 0 and model.training
         self.rng = torch if kind == 'cpu' else torch.get_device_module(kind)
         # backward runs outside autocast. In training autocast's own cache would keep all cast weights alive
@@ -492,7 +518,7 @@ class Tape:
             device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
             cache_enabled=not torch.is_grad_enabled())
 
-    def step(self, handle, f, modules, coefficients, store_graph):
+    def step(self, handle, f, modules, coefficients, store_graph, by_token=False):
         """
         One step up, and in the backward pass down again. There, with J = df/dp, g_p = dL/dp and g_v = dL/dv,
 
@@ -503,13 +529,13 @@ class Tape:
         Rounding to integers counts as the identity.
         Weights are inputs of each step, so DistributedDataParallel sends some while others are computed.
         """
-        a, c, *_ = coefficients
+        a, c, n, *_, one = coefficients
         weights = [w for module in modules for w in module.parameters() if w.requires_grad]
         rng_state = self.rng.get_rng_state() if self.dropout else None
         saved = []                              # per slice: the graph of f, if stored, and the bits cut off
-        for p, v in self.slices(self.p, self.v):                            # (S, T, C) each: S sequences
+        for p, v in self.slices(by_token, self.p, self.v):                  # (S, T, C) each: S sequences
             x, fx = self.evaluate(f, p)
-            self.watch(p, v, fx.detach(), coefficients)
+            self.watch(p, v, fx.detach(), [[0, abs(n), 0], [1, abs(a), abs(c) * one]])
             cut_off = self.model.kick(v, fx.detach(), coefficients)         # v = -a * v + c * f(p)
             p.add_(v)                                                       # p = p + v
             saved.append(((x, fx) if store_graph else None, cut_off))
@@ -523,8 +549,8 @@ class Tape:
                 self.rng.set_rng_state(rng_state)                           # the same masks again
             if self.g_v is None:                # in the top step; in turn() g would still take memory
                 self.g_v = torch.zeros_like(self.g_p)
-            g_weights = [0.0] * len(weights)
-            for p, v, g_p, g_v in self.slices(self.p, self.v, self.g_p, self.g_v):
+            g_weights = [None] * len(weights)
+            for p, v, g_p, g_v in self.slices(by_token, self.p, self.v, self.g_p, self.g_v):
                 graph, cut_off = saved.pop(0)
                 p.sub_(v)                                                   # p = p - v
                 x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
@@ -532,8 +558,9 @@ class Tape:
                 g_v.add_(g_p)                                               # g_v = g_v + g_p
                 g_x, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_v).to(fx.dtype))
                 g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
-                g_v.mul_(-a)                                                # g_v = -a * g_v
-                g_weights = [g + more for g, more in zip(g_weights, g_w)]      # of all slices
+                multiply(g_v, -a)                                           # g_v = -a * g_v
+                pairs = zip(g_weights, g_w)
+                g_weights = [more if g is None else g + more for g, more in pairs]      # of all slices
             if self.dropout:
                 self.rng.set_rng_state(rng_state_now)
             if depth == 1:                                                  # at the bottom
@@ -546,34 +573,47 @@ class Tape:
     def last(self, handle):
         """The last p as floats (B, T, C); NaN if an f(p) was not finite, or a state may have wrapped."""
         def turn(g):
-            self.g_p = g.clone()                # autograd may still need g, and the steps change g_p in place
+            # autograd may still need g, and the steps change g_p in place
+            self.g_p = g.clone(memory_format=torch.contiguous_format)
             return [g.new_zeros(())]
 
-        last = to_float(self.p, self.dtype)
-        if self.p.dtype == torch.int64:
-            last.add_(torch.where(self.largest < 0.999 * 2**63, 0.0, math.nan))     # an if would wait
+        last = to_float(self.p, self.one, self.dtype)
+        if not self.p.dtype.is_floating_point:
+            largest = self.largest()
+            del self.looks, self.bounds         # the tape lives on
+            self.model.largest = largest.clamp(min=self.model.largest)
+            last.add_(torch.where(largest <= 0.999, 0.0, math.nan))          # an if would wait
         return Backward.apply(last, turn, handle)
 
-    def slices(self, *tensors):
+    def slices(self, by_token, *tensors):
         """Views: what changes them changes the whole."""
-        return zip(*(x.tensor_split(self.n_slices) for x in tensors))
+        if by_token:
+            tensors = [x.view(-1, 1, x.size(2)) for x in tensors]           # sequences of one token
+        n = 1 if self.cache else n_slices(*tensors[0].shape[:2], self.model.config.slice_tokens)
+        return zip(*(x.tensor_split(n) for x in tensors))
 
     def evaluate(self, f, p):
         """
         (x, f(x)), where x is p (S, T, C) as floats. The way up builds the graph too: without it attention and
         torch.compile may choose kernels that round differently from those of the way down.
         """
-        x = to_float(p, self.dtype).requires_grad_()
+        x = to_float(p, self.one, self.dtype).requires_grad_()
         with torch.enable_grad(), torch.autocast(**self.autocast):
             return x, f(x, self.cache)
 
-    def watch(self, p, v, fx, coefficients):
-        """Integers wrap silently, and know no inf or NaN. So this bounds the values of a step beforehand."""
-        if p.dtype == torch.int64:
-            a, c, n, *_ = coefficients
-            p, v, fx = (torch.stack(x.aminmax()).to(self.largest.dtype).abs().max() for x in (p, v, fx))
-            bounds = abs(n) * v, p + abs(a) * v + abs(c) * ONE * fx
-            self.largest = torch.stack((self.largest, *bounds)).max()
+    def watch(self, p, v, fx, bounds):
+        """Integers wrap silently, and know no inf or NaN. So this looks at what goes into a step."""
+        if not self.p.dtype.is_floating_point:
+            self.looks += *p.aminmax(), *v.aminmax(), *fx.aminmax()
+            self.bounds.append(bounds)
+
+    def largest(self):
+        """The largest |n v| or |p| + |a v| + |c f(p)| of all steps, as a part of the integers' range."""
+        like = torch.zeros((), dtype=wide(self.dtype), device=self.p.device)
+        looks = torch.stack((*self.looks, like))[:-1]                       # min and max of p, v and f(p)
+        sizes = looks.abs().view(-1, 1, 3, 2).amax(-1)                      # (steps, 1, 3)
+        bounds = torch.tensor(self.bounds, dtype=like.dtype).to(like.device, non_blocking=True)
+        return (bounds * sizes).sum(-1).amax() / 2**(torch.iinfo(self.p.dtype).bits - 1)
 
     def end(self):
         """v is 0 again, unless an f(p) was other than on the way up: the steps below cannot undo that."""

@@ -10,6 +10,7 @@ Files in the cache of the Hugging Face hub (HF_HOME) are used where they are. Ot
 weights/, from https://huggingface.co or HF_ENDPOINT, with HF_TOKEN if it is set, unless HF_HUB_OFFLINE=1.
 """
 import json
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment        # torch brings i
 
 from data.download import download, gpt2_encoding
 from model import GPT, GPTConfig
-from runtime import load_checkpoint
+from runtime import load_checkpoint, say
 
 def find(name, *files, needed=True):
     """The path of the first of these files that a model has, here or on the hub; None if it has none."""
@@ -143,8 +144,9 @@ def load(name):
     if 'model_args' in checkpoint:              # of nanoGPT
         config = dict(checkpoint['model_args'], scheme='standard', gelu='erf')
         meta = OPENAI if config['vocab_size'] >= 50257 else dict(encoding='unknown')
-    else:                                       # of ours. Older ones have tanh, and do not say so
-        config = dict(gelu='tanh') | checkpoint['config'] | dict(stored_layers=None)
+    else:                                       # of ours. Older ones do not say that they have these
+        config = dict(gelu='tanh', state_bits=64) | checkpoint['config']
+        config['stored_layers'] = None
         meta = checkpoint['meta']
     return config, ('nanogpt', checkpoint['model']), meta
 
@@ -194,6 +196,18 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
     if scheme == 'midpoint_a' and h is None:
         return replace(config, a=config.per_layer('a'), h=step_sizes(config.per_layer('a')))
     return config
+
+@torch.no_grad()
+def fit_range(model, idx):
+    """Fractional bits that let the states of these tokens (B, T) use an eighth of their range at most."""
+    config = model.config
+    model.config = replace(config, state_bits=64, fractional_bits=20)       # the range is wide enough for all
+    model.largest = 0.0
+    model(idx)
+    largest = float(model.largest) * 2.0**(63 - 20)
+    bits = config.state_bits - 1 - math.ceil(math.log2(8 * largest + 1))
+    model.config = replace(config, fractional_bits=max(0, min(bits, config.fractional_bits)))
+    say(f'the largest state is {largest:.4g}: states get {model.config.fractional_bits} fractional bits')
 
 def chosen(knobs):
     """The GPTConfig of the model init_from, made reversible where scheme, a or bits say so."""

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from configurator import configure
 from memory import peak_memory
 from model import GPT, cross_entropy, head
-from pretrained import build, reversible, same_tokens
-from runtime import (adamw, agree, catch_signals, cosine, distributed, leave, load_run, micro_batches,
-                     open_data, open_log, pace, resumed, save_run, say, seed_step, start,
-                     training_batches, validation_loss)
+from pretrained import build, fit_range, reversible, same_tokens
+from runtime import (adamw, agree, catch_signals, cosine, distributed, leave, load_run, make_room,
+                     micro_batches, open_data, open_log, pace, resumed, save_run, say, seed_step, start,
+                     training_batches, validation_loss, windows)
 
 @dataclass
 class Knobs:
@@ -41,6 +41,8 @@ class Knobs:
     sign: int = -1                          # of a
     anneal_from: int | float = 2            # bits in the first step, if more than --bits: they fall to --bits
     anneal_part: float = 0.35               # over this part of the steps
+    state_bits: int = 32                    # of a state, 32 or 64
+    fractional_bits: int | None = None      # of these, after the point; None: chosen by the largest state
     # tuning
     dataset: str = 'openwebtext'            # a folder of data/
     batch_size: int = 8                     # sequences in a micro-batch
@@ -67,7 +69,8 @@ class Knobs:
     dtype: str = 'auto'
     compile: bool = False
 
-FREE = 'out_dir init_from zero eval_interval eval_windows log_interval stored_layers device compile'.split()
+FREE = ('out_dir init_from zero eval_interval eval_windows log_interval stored_layers fractional_bits '
+        'device compile').split()
 RESUMED_ALIKE = [name for name in Knobs.__dataclass_fields__ if name not in FREE]
 
 # -----------------------------------------------------------------------------
@@ -78,12 +81,12 @@ CHOICES = 0, 1, 2, 4, 8                     # bits of a layer: pack() of model.p
 def converted(a):
     """The config of a student, with this a, a number or one per layer; None: the conversion has none."""
     config = reversible(teacher.config, knobs.conversion, a)
-    return replace(config, stored_layers=knobs.stored_layers, exact=True, verify=True)
+    return replace(config, stored_layers=knobs.stored_layers, exact=True, verify=True,
+                   state_bits=knobs.state_bits, fractional_bits=knobs.fractional_bits)
 
 def convert(student, a):
     """Gives a student of midpoint_a another a; never between a forward and its backward pass."""
-    student.config = converted(a)
-    student.coefficients = student.config.coefficients()
+    student.config = replace(converted(a), fractional_bits=student.config.fractional_bits)
 
 def a_at(step):
     """a at a step. At first the budget of bits falls linearly, and leaves where it matters least."""
@@ -98,7 +101,7 @@ def a_at(step):
 
 def bits_of(model):
     """Bits per element of the state, the mean over the layers."""
-    return sum(step.bits for step in model.coefficients) / model.config.n_layer
+    return sum(step.bits for step in model.config.coefficients()) / model.config.n_layer
 
 def divergence(student, data, windows):
     """KL(teacher, student) in nats per token, over so many windows of the data."""
@@ -181,20 +184,25 @@ losses = checkpoint.get('losses')
 if checkpoint:
     load_run(checkpoint, student, optimizer, here)
     table = checkpoint['table']
-elif knobs.conversion == 'midpoint_a' and knobs.spread:
+    if knobs.fractional_bits is None:
+        student.config.fractional_bits = checkpoint['config']['fractional_bits']
+elif knobs.fractional_bits is None:
+    fit_range(student, windows(val_data, [0], knobs.block_size, here.device)[0])
+if not checkpoint and knobs.conversion == 'midpoint_a' and knobs.spread:
     table = sensitivity(student)
 convert(student, a_at(step))
 if not losses:
     losses = dict(teacher=validation_loss(teacher, val_data, knobs, here),
                   before=validation_loss(student, val_data, knobs, here))
 say(f'validation loss: teacher {losses["teacher"]:.4f}, student {losses["before"]:.4f} before tuning; its '
-    'layers have ' + ' '.join(str(coefficients.bits) for coefficients in student.coefficients) + ' bits')
+    'layers have ' + ' '.join(str(layer.bits) for layer in student.config.coefficients()) + ' bits')
 if knobs.compile:
     teacher.compile_parts()
     student.compile_parts()
 parallel = distributed(student, here)
 batches = training_batches(train_data, knobs, step, here.device)
-record = open_log(knobs.out_dir, 'step loss lr grad_norm bits tokens_per_s peak_gb left val_loss', step)
+columns = 'step loss lr grad_norm range_used bits tokens_per_s peak_gb left val_loss'
+record = open_log(knobs.out_dir, columns, step)
 catch_signals()
 
 def save():
@@ -215,6 +223,7 @@ while step < knobs.max_iters:
     for group in optimizer.param_groups:
         group['lr'] = lr
     seed_step(knobs, step)
+    student.largest = 0.0
     loss = 0.0
     for micro, (x, y) in zip(range(accumulation), batches):                 # (B, T) each
         parallel.require_backward_grad_sync = micro == accumulation - 1
@@ -224,9 +233,10 @@ while step < knobs.max_iters:
         loss += micro_loss.detach()
     here.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.grad_clip or float('inf'))
-    loss, norm, stop = agree(step, loss, norm, student.mismatches, here)
-    if stop:                                # this step is not taken
+    loss, norm, stop, used = agree(step, loss, norm, student.mismatches, student.largest, here)
+    if stop or used > 0.999:                # this step is not taken
         save()
+        make_room(step, used, student.config)
         say(f'stopped at step {step}: continue with --init_from=resume')
         break
     here.scaler.step(optimizer)
@@ -234,12 +244,13 @@ while step < knobs.max_iters:
     optimizer.zero_grad(set_to_none=True)
     step += 1
     seconds.append(time.time() - began)
+    make_room(step, used, student.config)
 
     if step % knobs.log_interval == 0 or step == knobs.max_iters:
         speed, left = pace(knobs, step, seconds)
         seconds = []
         record(step, loss=loss, lr=lr, grad_norm=norm, bits=bits_of(student), tokens_per_s=speed,
-               peak_gb=peak_memory(here.kind), left=left)
+               peak_gb=peak_memory(here.kind), left=left, range_used=used)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:
         losses['after'] = validation_loss(student, val_data, knobs, here)
         record(step, val_loss=losses['after'])

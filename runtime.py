@@ -67,12 +67,12 @@ def leave():
     if world > 1:
         dist.destroy_process_group()
 
-def all_reduce(*numbers):
-    """The sums over all processes."""
+def all_reduce(*numbers, how='SUM'):
+    """The sums over all processes, or MIN, MAX."""
     kind = 'cuda' if world > 1 and dist.get_backend() == 'nccl' else 'cpu'
     numbers = torch.tensor(numbers, dtype=torch.float64, device=kind)
     if world > 1:
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
     return numbers.tolist()
 
 # -----------------------------------------------------------------------------
@@ -136,7 +136,8 @@ def validation_loss(model, data, knobs, here, loss=None):
     model.train()
     total, count = all_reduce(total, len(starts))
     if not math.isfinite(total):
-        raise ValueError(f'the validation loss is {total}: try a lower --learning_rate, or --dtype=float32')
+        raise ValueError(f'the validation loss is {total}: try a lower --learning_rate, --dtype=float32, '
+                         'or fewer --fractional_bits')
     return total / count
 
 def count_parameters(model):
@@ -178,18 +179,33 @@ def pace(knobs, step, seconds):
     tokens = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
     return round(tokens / mean), timedelta(seconds=round(mean * (knobs.max_iters - step)))
 
-def agree(step, loss, norm, mismatches, here):
-    """All processes' mean loss, norm of the gradient, and whether to stop. Raises before a step does harm."""
+def agree(step, loss, norm, mismatches, largest, here):
+    """
+    All processes' mean loss, norm of the gradient, whether to stop, and the part of their range that states
+    used: beyond 0.999 the step must not be taken. Raises an error before a step does harm.
+    """
     loss, norm, mismatches, stop = (x / world for x in all_reduce(loss, norm, mismatches, len(signals)))
+    [largest] = all_reduce(largest, how='MAX')
     where = f'step {step + 1} was stopped before the weights, and last.pt is unchanged'
     if mismatches:
         raise ValueError(f'{where}: the rebuilt states are not those of the forward pass: try '
                          '--compile=False, then another machine; --verify=False trains on regardless')
     here.skipped = 0 if math.isfinite(norm) else here.skipped + 1
     scaled = here.scaler.is_enabled() and here.skipped < 50         # it mends a norm, by halving its scale
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
+    wrapped = 0.999 < largest < math.inf            # so the loss is NaN, and the caller knows what to do
+    if not wrapped and (not math.isfinite(loss) or not (math.isfinite(norm) or scaled)):
         raise ValueError(f'{where}: the loss is {loss}, the norm {norm}: try a lower --learning_rate')
-    return loss, norm, stop > 0
+    return loss, norm, stop > 0, largest
+
+def make_room(step, used, config):
+    """A quarter of their range is used: states get one fractional bit less. All of it: raises an error."""
+    if used > 0.999:
+        bits = config.fractional_bits - math.ceil(math.log2(8 * used))
+        raise ValueError(f'stopped at step {step}: a state would leave its range: continue with '
+                         f'--init_from=resume --fractional_bits={max(0, bits)}')
+    if used > 0.25 and config.fractional_bits > 0:
+        config.fractional_bits -= 1
+        say(f'step {step}: a state used {used:.0%} of its range: {config.fractional_bits} fractional bits')
 
 # -----------------------------------------------------------------------------
 # checkpoints, and the log

@@ -21,10 +21,10 @@ import torch
 from configurator import configure
 from memory import fitting, most_stored_layers, peak_memory
 from model import GPT, GPTConfig
-from pretrained import build, chosen, same_tokens
+from pretrained import build, chosen, fit_range, same_tokens
 from runtime import (adamw, agree, catch_signals, cosine, count_parameters, distributed, leave, load_run,
-                     micro_batches, open_data, open_log, pace, resumed, save_run, say, seed_step, start,
-                     training_batches, validation_loss, world)
+                     make_room, micro_batches, open_data, open_log, pace, resumed, save_run, say, seed_step,
+                     start, training_batches, validation_loss, windows, world)
 
 @dataclass
 class Knobs:
@@ -60,6 +60,8 @@ class Knobs:
     stored_layers: int | str | None = None  # the last layers, which keep their graphs; 'auto': as many as fit
     memory_gb: float | None = None          # GB for 'auto'; None: nine tenths of the GPU's memory
     exact: bool = True                      # integer states; False: floats, as in the paper
+    state_bits: int | None = None           # of integer states, 32 or 64; None: 32, or as init_from has them
+    fractional_bits: int | None = None      # of these, after the point: fewer have a wider range
     verify: bool = True                     # stop if the backward pass has rebuilt other states
     # optimizer: AdamW, with a warm-up and a cosine
     learning_rate: float = 6e-4
@@ -83,7 +85,8 @@ class Knobs:
     compile: bool = False                   # torch.compile of the blocks: worth its minute on a GPU
 
 FREE = 'dropout exact verify slice_tokens stored_layers'.split()        # these may change from run to run
-FIXED = [name for name in GPTConfig.__dataclass_fields__ if name not in FREE]
+STATES = 'state_bits', 'fractional_bits'                                # and these, if they are given
+FIXED = [name for name in GPTConfig.__dataclass_fields__ if name not in (*FREE, *STATES)]
 
 # dense bf16 operations per second, by NVIDIA's data sheets; a longer name stands before a part of it
 PEAK_FLOPS = {'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12,
@@ -104,6 +107,9 @@ step = checkpoint.get('step', 0)
 best_val_loss = checkpoint.get('best_val_loss', math.inf)
 
 given = {name: getattr(knobs, name) for name in FREE + FIXED}           # the knobs of the model
+states = {name: getattr(knobs, name) for name in STATES if getattr(knobs, name) is not None}
+if knobs.state_bits:                        # without fractional_bits they have those of a new model
+    states['fractional_bits'] = knobs.fractional_bits
 auto = knobs.stored_layers == 'auto'
 if auto:                                    # counted below: the model has to be there
     given['stored_layers'] = None
@@ -114,7 +120,7 @@ elif knobs.init_from == 'scratch':
         raise ValueError('bits are for a trained standard model: give --init_from, or --scheme and --a')
     given['scheme'] = knobs.scheme or 'leapfrog'
     given['vocab_size'] = knobs.vocab_size or math.ceil(meta['vocab_size'] / 64) * 64
-    config = GPTConfig(**given)
+    config = GPTConfig(**given, **states)
 else:
     config = chosen(knobs)
     for name in sorted(set(FIXED) - {'block_size'}):        # what was given must not contradict the model
@@ -122,13 +128,14 @@ else:
         its = getattr(config, name)
         if value != getattr(Knobs, name) and its not in (value, [value] * config.n_layer):
             raise ValueError(f'{name} = {value}, but {knobs.init_from} keeps {its}: leave {name} out')
-config = replace(config, **{name: given[name] for name in FREE})
+config = replace(config, **{name: given[name] for name in FREE}, **states)
 fitting(config, here)
-if checkpoint or knobs.init_from == 'scratch':
-    model = GPT(config)
-else:
+theirs = not checkpoint and knobs.init_from != 'scratch'                # the weights come from another run
+if theirs:
     model, its_meta = build(knobs.init_from, **vars(config))
     same_tokens(knobs.init_from, its_meta, f'data/{knobs.dataset}', meta)
+else:
+    model = GPT(config)
 config = model.config                       # with the a that was drawn
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
@@ -136,6 +143,9 @@ if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_siz
 if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
 model.to(here.device)
+if theirs and config.scheme != 'standard' and config.exact and knobs.fractional_bits is None:
+    fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0])
+    config = model.config
 optimizer = adamw(model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2), knobs.zero)
 if checkpoint:
     load_run(checkpoint, model, optimizer, here)
@@ -143,7 +153,8 @@ if knobs.compile:
     model.compile_parts()
 parallel = distributed(model, here)
 batches = training_batches(train_data, knobs, step, here.device)
-record = open_log(knobs.out_dir, 'step loss lr grad_norm tokens_per_s peak_gb mfu left val_loss', step)
+columns = 'step loss lr grad_norm range_used tokens_per_s peak_gb mfu left val_loss'
+record = open_log(knobs.out_dir, columns, step)
 catch_signals()
 
 # 6 operations per weight of a matrix product, and 12 per pair of tokens and channel of attention. What is
@@ -173,6 +184,7 @@ while step < knobs.max_iters:
     for group in optimizer.param_groups:
         group['lr'] = lr
     seed_step(knobs, step)
+    model.largest = 0.0
     loss = 0.0
     for micro in range(accumulation):       # gradients of all processes meet once, in the last one
         parallel.require_backward_grad_sync = micro == accumulation - 1
@@ -184,9 +196,10 @@ while step < knobs.max_iters:
     here.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
     # the only wait for the GPU. It raises an error if states were rebuilt wrong; stop: a process was told to
-    loss, norm, stop = agree(step, loss, norm, model.mismatches, here)
-    if stop:                                # this step is not taken: the weights are those of the last one
+    loss, norm, stop, used = agree(step, loss, norm, model.mismatches, model.largest, here)
+    if stop or used > 0.999:                # this step is not taken: the weights are those of the last one
         save(last)
+        make_room(step, used, config)
         say(f'stopped at step {step}: continue with --init_from=resume')
         break
     here.scaler.step(optimizer)
@@ -194,13 +207,14 @@ while step < knobs.max_iters:
     optimizer.zero_grad(set_to_none=True)
     step += 1
     seconds.append(time.time() - began)     # without evaluations
+    make_room(step, used, config)
 
     if step % knobs.log_interval == 0 or step == knobs.max_iters:
         speed, left = pace(knobs, step, seconds)
         seconds = []
         mfu = speed * flops_per_token / (peak_flops * world) if peak_flops else None
         record(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, peak_gb=peak_memory(here.kind),
-               mfu=mfu, left=left)
+               mfu=mfu, left=left, range_used=used)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:
         val_loss = validation_loss(model, val_data, knobs, here)
         record(step, val_loss=val_loss)

@@ -85,7 +85,7 @@ def steps(model):
     """(f, a, c) of every step, from the bottom to the top."""
     blocks = model.transformer.h
     found = []
-    for j, (a, c, *_) in enumerate(model.coefficients):
+    for j, (a, c, *_) in enumerate(model.config.coefficients()):
         halves = [blocks[j]]
         if model.config.scheme == 'symplectic':
             halves = [blocks[j].attention, blocks[j].feedforward]

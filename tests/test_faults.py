@@ -79,8 +79,8 @@ def test_gradients_that_stay_infinite_in_float16_end_the_run():
     one = torch.ones(())
     for _ in range(3):                      # a step that is made begins the count anew
         for step in range(49):
-            agree(step, one, one / 0, 0, here)
-        agree(49, one, one, 0, here)
+            agree(step, one, one / 0, 0, 0.0, here)
+        agree(49, one, one, 0, 0.0, here)
     with pytest.raises(ValueError, match='step 50 was stopped .* norm inf'):
         for step in range(50):
-            agree(step, one, one / 0, 0, here)
+            agree(step, one, one / 0, 0, 0.0, here)

@@ -23,7 +23,7 @@ class Saved:
         self.tensor = tensor.detach()           # otherwise it would hold the graph that holds this
 
 def alive(scheme, n_layer):
-    """Bytes that are alive after forward: int64 states, packed bits, RNG states, and all else but weights."""
+    """Bytes that are alive after forward: int32 states, packed bits, RNG states, and all else but weights."""
     model = build(n_layer=n_layer, dropout=0.1, **scheme)
     gc.collect()
     kinds = torch.Tensor, torch.nn.Parameter
@@ -36,7 +36,7 @@ def alive(scheme, n_layer):
     for storage, x in {x.untyped_storage().data_ptr(): x for x in found}.items():
         if storage not in known:
             kind = 'others'
-            if x.dtype == torch.int64 and x.shape == (B, T, 32):
+            if x.dtype == torch.int32 and x.shape == (B, T, 32):
                 kind = 'states'
             elif x.dtype == torch.uint8:
                 kind = 'rng' if x.nbytes == torch.get_rng_state().nbytes else 'bits'
@@ -51,7 +51,7 @@ def test_only_the_two_states_and_the_bits_live_until_backward(scheme, k):
     few = alive(scheme, 2)
     many = alive(scheme, 12)
     elements = B * T * 32
-    assert few['states'] == many['states'] == 2 * 8 * elements
+    assert few['states'] == many['states'] == 2 * 4 * elements
     assert (few['bits'], many['bits']) == (2 * elements * k // 8, 12 * elements * k // 8)
     assert many['rng'] == 6 * few['rng']            # one per step
     assert few['others'] == many['others']          # what embedding, final norm and loss keep

@@ -73,7 +73,7 @@ def test_the_method_in_the_readme_has_the_same_gradients(scheme, amplify):
     want = gradients(model)
     idx, targets = batch()
     _, method = method_of_the_readme()
-    a, c, *_ = model.coefficients[0]
+    a, c, *_ = model.config.coefficients()[0]
     method.update(a=a, b=1 - a, c=c)
     model.zero_grad()
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T))

@@ -200,7 +200,7 @@ def test_every_output_arrives_once(a):
     wanted = teacher.last_state(idx)
     assert (wanted - teacher.transformer.wte(idx)).norm() > 0.1
     assert torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-8)
-    student.coefficients = [step._replace(c=1 - step.a) for step in student.coefficients]   # a planted fault
+    student.config.h = [1 - a for a in student.config.a]        # a planted fault
     assert not torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-2)
 
 @pytest.mark.parametrize('a', [None, 'random', '-1/16', ['x'] * 4, []], ids=str)

@@ -131,6 +131,35 @@ def test_a_stopped_run_resumes_bit_for_bit(place, whole):
         assert train(place, out, init_from='resume') == whole
         assert_same_weights(place, 'whole', out)
 
+GROWING = dict(fractional_bits=30, weight_decay=0.0, lr_decay_iters=8)      # states from -2 to 2
+
+def test_states_that_grow_get_fewer_fractional_bits_and_resume_bit_for_bit(place):
+    one = train(place, 'growing', learning_rate=0.1, **GROWING)
+    train(place, 'growing_stopped', learning_rate=0.1, **{**GROWING, 'max_iters': 4})
+    bits = [load_checkpoint(str(place / out / 'last.pt'))['config']['fractional_bits']
+            for out in ('growing_stopped', 'growing')]
+    assert 30 > bits[0] > bits[1] > 20
+    flags = {name: value for name, value in GROWING.items() if name != 'fractional_bits'}
+    assert train(place, 'growing_stopped', learning_rate=0.1, init_from='resume', **flags) == one
+    assert_same_weights(place, 'growing', 'growing_stopped')
+
+def test_a_state_that_leaves_its_range_stops_before_the_weights_change_and_goes_on_with_fewer_bits(place):
+    flags = dict(SMALL, out_dir='full', learning_rate=0.5, **GROWING)
+    sentence = complaint(place, 'train.py', **flags)
+    words = r'stopped at step (\d): a state would leave its range: continue with --init_from=resume (\S+)'
+    step, advice = re.fullmatch(words, sentence).groups()
+    checkpoint = load_checkpoint(str(place / 'full' / 'last.pt'))
+    assert checkpoint['step'] == int(step) > 0
+    assert all(weight.isfinite().all() for weight in checkpoint['model'].values())
+    flags['init_from'] = 'resume'
+    flags.pop('fractional_bits')
+    assert complaint(place, 'train.py', **flags) == sentence
+    name, bits = advice.removeprefix('--').split('=')
+    run(place, 'train.py', **{**flags, name: bits})
+    assert int(rows(place, 'full')[-1][0]) == 8
+    run(place, 'train.py', **{**flags, 'max_iters': 9, 'lr_decay_iters': 8, 'state_bits': 64})
+    assert load_checkpoint(str(place / 'full' / 'last.pt'))['config']['fractional_bits'] == 32
+
 def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     """As after a power cut: the log knows steps that last.pt does not."""
     train(place, 'killed', lr_decay_iters=8, max_iters=4)
@@ -493,7 +522,8 @@ def test_every_config_builds(path):
     knobs = configure(knobs_of('train.py'), [path])
     fields = {name: getattr(knobs, name) for name in GPTConfig.__dataclass_fields__}
     assert fields['stored_layers'] in ('auto', None) or 'compare' in path
-    fields.update(scheme=knobs.scheme or 'leapfrog', vocab_size=knobs.vocab_size or 50304, stored_layers=None)
+    fields.update(scheme=knobs.scheme or 'leapfrog', vocab_size=knobs.vocab_size or 50304, stored_layers=None,
+                  state_bits=knobs.state_bits or 32)
     with torch.device('meta'):
         GPT(GPTConfig(**fields))
     assert knobs.gradient_accumulation_steps % 8 == 0 or 'gpt2' not in path     # eight GPUs share it evenly
