@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from data.text.prepare import prepare as prepare_text
 from model import GPT, GPTConfig
-from pretrained import reversible
+from pretrained import fit_range, reversible
 from runtime import load_checkpoint
-from test_reversible import L, LLAMA, SHAPE, check_exact
+from test_reversible import L, LLAMA, SHAPE, build, check_exact
 from test_scripts import ROOT, command, complaint, knobs_of, place, run     # noqa: F401, place is a fixture
 
 retrofit = knobs_of('retrofit.py', whole=True)      # its functions; nothing of it has run
@@ -202,6 +202,22 @@ def test_every_output_arrives_once(a):
     assert torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-8)
     student.config.h = [1 - a for a in student.config.a]        # a planted fault
     assert not torch.allclose(student.last_state(idx), wanted, rtol=0, atol=1e-2)
+
+@pytest.mark.parametrize('scheme', [dict(scheme='midpoint_a', a=-1 / 16), dict(scheme='midpoint_a', a=0.75),
+                                    dict(scheme='symplectic')], ids=str)
+@pytest.mark.parametrize('factor, least, most', [(1, 20, 20), (2.0**16, 6, 19), (2.0**40, 0, 0)])
+def test_a_conversion_gets_fractional_bits_by_its_largest_state(scheme, factor, least, most):
+    idx = torch.randint(65, (2, 16))
+    model = build(**scheme)
+    for block in model.transformer.h:
+        block.mlp.c_proj.weight.data.mul_(factor)
+    fit_range(model, idx)
+    model.largest = 0.0
+    state = model.last_state(idx)
+    assert least <= model.config.fractional_bits <= most
+    if factor == 2.0**16:
+        assert state.isfinite().all() and 1 / 17 < model.largest <= 1 / 8
+    assert state.isfinite().all() == (factor < 2.0**40)         # which no 32 bits hold
 
 @pytest.mark.parametrize('a', [None, 'random', '-1/16', ['x'] * 4, []], ids=str)
 def test_an_a_that_is_no_number_is_refused(a):
