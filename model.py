@@ -222,12 +222,15 @@ class Block(nn.Module):
         return self.mlp(self.ln_2(x))
 
     def forward(self, x, cache=None):
+        def tail(x, y):
+            return y + self.feedforward(x + y)                              # nanoGPT's Block also adds x
+
         y = self.attention(x, cache)
         if x.size(1) <= self.tile:
-            return y + self.feedforward(x + y)                              # nanoGPT's Block also adds x
-        # one sequence is longer than a slice. The MLP has most of the graph: now it keeps that of one tile
-        tiles = (x + y).split(self.tile, dim=1)
-        return y + torch.cat([checkpoint(self.feedforward, z, use_reentrant=False) for z in tiles], 1)
+            return tail(x, y)
+        # one sequence is longer than a slice. The MLP has most of the graph: of it, keep that of one tile
+        tiles = zip(x.split(self.tile, dim=1), y.split(self.tile, dim=1))
+        return torch.cat([checkpoint(tail, *tile, use_reentrant=False) for tile in tiles], dim=1)
 
     def step(self, handle, tape, coefficients, store_graph, below):
         """Takes the tape one layer up, by one step or two. GPT.integrate() says what handle and below are."""
@@ -556,7 +559,10 @@ class Tape:
                 x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
                 self.model.unkick(v, fx.detach(), cut_off, coefficients)    # v = (v - c * f(p)) / -a
                 g_v.add_(g_p)                                               # g_v = g_v + g_p
-                g_x, *g_w = torch.autograd.grad(fx, (x, *weights), (c * g_v).to(fx.dtype))
+                with torch.enable_grad():       # a root that makes c * g_v when it is due, so that none is kept
+                    root = Backward.apply(fx.new_zeros(()), lambda g: [(c * g_v).to(g.dtype)], fx)
+                del fx, graph
+                g_x, *g_w = torch.autograd.grad(root, (x, *weights))
                 g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
                 multiply(g_v, -a)                                           # g_v = -a * g_v
                 pairs = zip(g_weights, g_w)
