@@ -39,7 +39,7 @@ SCHEMES = {
     'symplectic': lambda a, h: (1, 1),      # p_next = p_prev + f(p), two steps per layer   eq. 2.8, 2.9
     'midpoint_sum': lambda a, h: (1, 1),    # p_next = p_prev + f_below(p) + f(p)           section 4
 }
-FRACTIONAL_BITS = {32: 20, 64: 32}          # by state_bits; see results/exactness.md
+FRACTIONAL_BITS = {32: 18, 64: 32}          # by state_bits; why: results/states.md
 # of the schemes that have an h; the evidence is weak: results/schemes.md
 DEFAULT_H = {'midpoint': 0.125, 'midpoint_a': 0.25, 'leapfrog': 0.25}
 
@@ -75,7 +75,7 @@ class GPTConfig:
     stored_layers: int | None = None        # how many of the last layers keep their graphs; None: 0
     exact: bool = True                      # states are integers; False: floats, which drift, as in the paper
     state_bits: int = 32                    # of a state: 32 or 64. Weights of float64 have 64 in any case
-    fractional_bits: int | None = None      # of these, after the point; None: 20 of 32, or 32 of 64
+    fractional_bits: int | None = None      # of these, after the point; None: 18 of 32, or 32 of 64
     verify: bool = True                     # count the elements of v that are not 0 after the backward pass
     slice_tokens: int = 8192                # f sees about so many at a time: its graph takes the most memory
 
@@ -559,7 +559,7 @@ class Tape:
                 x, fx = graph or self.evaluate(f, p)                        # f(p), once per step
                 self.model.unkick(v, fx.detach(), cut_off, coefficients)    # v = (v - c * f(p)) / -a
                 g_v.add_(g_p)                                               # g_v = g_v + g_p
-                with torch.enable_grad():       # a root that makes c * g_v when it is due, so that none is kept
+                with torch.enable_grad():       # a root that makes c * g_v when it is due, and keeps none
                     root = Backward.apply(fx.new_zeros(()), lambda g: [(c * g_v).to(g.dtype)], fx)
                 del fx, graph
                 g_x, *g_w = torch.autograd.grad(root, (x, *weights))

@@ -21,19 +21,19 @@ B, T, V, L = 2, 16, 65, 4
 SHAPE = dict(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=32, slice_tokens=T)     # two slices
 
 def test_a_step_up_and_down_is_where_it_was():
-    p = torch.randint(-2**28, 2**28, (B, T, 32), dtype=torch.int32)     # the embedding, in steps of 2^-20
+    p = torch.randint(-2**28, 2**28, (B, T, 32), dtype=torch.int32)     # the embedding, in steps of 2^-18
     v = torch.zeros_like(p)
     start = p.clone()
     layers = [torch.nn.Linear(32, 32) for _ in range(L)]
     steps = GPTConfig(n_layer=L, scheme='midpoint_a', a=[0.75, -1.0, 1.0, 3 / 256], h=0.5).coefficients()
     cut_off = []
     for f, step in zip(layers, steps):                          # up
-        cut_off.append(kick(v, f(p.float() / 2**20), step))     # v = -a * v + c * f(p)
+        cut_off.append(kick(v, f(p.float() / 2**18), step))     # v = -a * v + c * f(p)
         p += v                                                  # p = p + v
     assert (p - start).abs().max() > 2**20 and v.count_nonzero()
     for f, step in zip(layers[::-1], steps[::-1]):              # and down
         p -= v                                                  # p = p - v
-        unkick(v, f(p.float() / 2**20), cut_off.pop(), step)    # v = (v - c * f(p)) / -a
+        unkick(v, f(p.float() / 2**18), cut_off.pop(), step)    # v = (v - c * f(p)) / -a
     assert torch.equal(p, start) and not v.count_nonzero()
 
 # -----------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(sc
     assert 0 < error(gradients(build(8, **whole)), sliced) < 1e-5
 
 def plant_one_bit(model, step):
-    """When the first slice of this step is undone, one element of v is 2^-20 too large or too small."""
+    """When the first slice of this step is undone, one element of v is 2^-18 too large or too small."""
     steps = 2 * L if model.config.scheme == 'symplectic' else L
     calls = []
 
@@ -189,7 +189,7 @@ def increment(block, x):
     return y + block.mlp(block.ln_2(x + y))
 
 def autograd_gradients(model, exact):
-    """The states in float64, on a grid of 2^-20 where exact; of 2^-32 if the weights are float64, too."""
+    """The states in float64, on a grid of 2^-18 where exact; of 2^-32 if the weights are float64, too."""
     def nearest(x):                             # rounds, with the gradient of the identity
         return x + ((x * one).round() / one - x).detach() * exact
 
@@ -198,7 +198,7 @@ def autograd_gradients(model, exact):
 
     scheme = model.config.scheme
     dtype = model.lm_head.weight.dtype
-    one = 2.0**20 if dtype == torch.float32 else 2.0**32
+    one = 2.0**18 if dtype == torch.float32 else 2.0**32
     idx, targets = batch()
     x = model.transformer.wte(idx)
     if model.config.rope_theta is None:

@@ -205,7 +205,7 @@ def test_every_output_arrives_once(a):
 
 @pytest.mark.parametrize('scheme', [dict(scheme='midpoint_a', a=-1 / 16), dict(scheme='midpoint_a', a=0.75),
                                     dict(scheme='symplectic')], ids=str)
-@pytest.mark.parametrize('factor, least, most', [(1, 20, 20), (2.0**16, 6, 19), (2.0**40, 0, 0)])
+@pytest.mark.parametrize('factor, least, most', [(1, 18, 18), (2.0**16, 6, 17), (2.0**40, 0, 0)])
 def test_a_conversion_gets_fractional_bits_by_its_largest_state(scheme, factor, least, most):
     idx = torch.randint(65, (2, 16))
     model = build(**scheme)
