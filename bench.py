@@ -9,6 +9,7 @@ What reversibility costs and saves, beside a standard GPT that stores its activa
     python bench.py curve --shape=gpt2              # memory over time, within one step
     python bench.py check --shape=gpt2 --device=cpu # counted memory beside what a process takes, on Linux
     python bench.py throughput                      # tokens/s at equal batch; with --budget_gb at the largest
+    python bench.py throughput --cases=nanogpt,standard --nanogpt=../nanoGPT/model.py       # its own code
 
 On a GPU memory is measured, and a budget is a hard limit. Elsewhere, and in frontier, curve and check, it is
 counted (memory.py): live bytes of two steps of AdamW, eager. For time the cases take turns.
@@ -26,11 +27,11 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from configurator import configure
-from memory import count_two_steps
-from model import GPT, GPTConfig, n_slices
+from memory import Count, count_two_steps
+from model import GPT, GPTConfig
+from results.rivals import checkpoint_in_slices, nanogpt, revlib
 from results.table import open_table, provenance, spread
 from runtime import adamw, count_parameters, start
 
@@ -50,6 +51,7 @@ class Knobs:
     slice_tokens: int = 8192        # tokens that f sees at a time, about
     repeats: int = 7                # throughput: timed turns, after one turn to warm up
     processor_time: bool = False    # throughput: CPU seconds of forward and backward only, for one thread
+    nanogpt: str = ''               # nanoGPT's model.py, for the case of this name
     json: str | None = None         # a file for the rows
     compile: bool = False           # what is measured; what is counted is eager
     device: str = 'auto'
@@ -65,10 +67,14 @@ SHAPES = {
     'tinyllama': dict(LLAMA, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632, rope_theta=1e4,
                       tied=False, vocab_size=32000)}
 # stored: the part of the layers that keep their graphs; dial: as many as fit into checkpointing's memory.
-# stream: checkpointing works in slices, as ours, on a residual stream of this dtype. revlib: that package
-CASES = {'standard': dict(stored=1), 'standard/half': dict(stored=0.5), 'checkpointed': {}, 'revlib': {},
-         'checkpointed/sliced': dict(stream=torch.float32), 'checkpointed/bf16': dict(stream=torch.bfloat16)}
-CASES = {name: dict(fields, scheme='standard') for name, fields in CASES.items()}
+# stream: checkpointing works in slices, as ours, on a residual stream of this dtype, and what it keeps may be
+# moved to the host. WHOLE: the MLP sees whole sequences; else tiles of those that are longer than a slice
+WHOLE = dict(scheme='standard', slice_tokens=10**9)
+BF16 = dict(scheme='standard', stream=torch.bfloat16)
+CASES = {'standard': dict(WHOLE, stored=1), 'standard/half': dict(WHOLE, stored=0.5), 'checkpointed': WHOLE,
+         'checkpointed/sliced': dict(WHOLE, stream=torch.float32), 'checkpointed/bf16': WHOLE | BF16,
+         'checkpointed/bf16/tiled': BF16, 'checkpointed/host': dict(BF16, host=True),
+         'nanogpt': dict(WHOLE, stored=1), 'revlib': WHOLE}
 ENDS = {'': {}, '/half': dict(stored=0.5), '/all': dict(stored=1), '/float': dict(exact=False), '/dial': {}}
 for scheme in ('midpoint', 'leapfrog', 'symplectic', 'midpoint_a', 'midpoint_sum'):
     a = 0.5 if scheme == 'midpoint_a' else None
@@ -82,6 +88,8 @@ cases = knobs.cases.split(',')
 for name, known in [(mode, MODES), (knobs.shape or 'gpt2', SHAPES), *((case, CASES) for case in cases)]:
     if name not in known:
         raise ValueError(f"unknown name '{name}': choose one of {', '.join(known)}")
+if 'nanogpt' in cases and not knobs.nanogpt:
+    raise ValueError("the case 'nanogpt' needs nanoGPT's model: give it as --nanogpt=../nanoGPT/model.py")
 own = {name: value for name, value in vars(knobs).items() if name in GPTConfig.__dataclass_fields__}
 shape = {**own, **SHAPES.get(knobs.shape, {})}
 layers = knobs.layers or ([12, 24, 48] if mode == 'depth' else [shape['n_layer']])
@@ -96,42 +104,32 @@ def build(name, device=None, **change):
     """The model of this case, with weights from a seed."""
     fields = {**shape, **CASES[name], **change}
     stream = fields.pop('stream', None)
+    host = fields.pop('host', False)
     stored_layers = int(fields.pop('stored', 0) * fields['n_layer'])
     if name.endswith('/dial'):
         key = lambda n: needs(name.removesuffix('/dial'), stored_layers=n)
         stored_layers = bisect_right(range(1, shape['n_layer'] + 1), needs('checkpointed'), key=key)
     fields.setdefault('stored_layers', stored_layers)
+    config = GPTConfig(**fields)
     torch.manual_seed(0)
     with torch.device(device or here.device):
-        model = GPT(GPTConfig(**fields))
+        model = nanogpt(knobs.nanogpt, config) if name == 'nanogpt' else GPT(config)
     if name == 'revlib':
-        import revlib               # pip install revlib
-        stack = revlib.ReversibleSequential(*model.transformer.h, split_dim=-1)
-        model.integrate = lambda x, cache: stack(torch.cat((x, x), dim=-1)).chunk(2, dim=-1)[1]
+        model.integrate = revlib(model)
     if stream:
-        model.integrate = partial(checkpoint_in_slices, model, stream)
-    if not knobs.chunked_loss:
+        model.integrate = partial(checkpoint_in_slices, model, knobs.slice_tokens, stream, host)
+    if not knobs.chunked_loss and name != 'nanogpt':
         model.loss = partial(model.loss, chunk=10**9)
     if knobs.compile and device is None:
         model.compile_parts()
     return model
-
-def checkpoint_in_slices(model, dtype, x, cache):
-    """GPT.integrate() of standard, x (B, T, C) -> (B, T, C), with checkpointing in slices."""
-    x = x.to(dtype)
-    n = n_slices(*x.shape[:2], knobs.slice_tokens)
-    for j, block in enumerate(model.transformer.h):
-        if j >= model.config.n_layer - model.config.stored_layers:
-            x = x + block(x)
-        else:
-            x = x + torch.cat([checkpoint(block, part, use_reentrant=False) for part in x.tensor_split(n)])
-    return x
 
 def size(n):
     return (1, 128 * n) if mode == 'length' else (n, shape['block_size'])               # (B, T)
 
 def train(model, optimizer, n, steps):
     """Seconds that these steps take, on random tokens."""
+    torch.manual_seed(0)                        # the same for all cases
     x, y = torch.randint(shape['vocab_size'], (2, *size(n)), device=here.device)
     clock = time.process_time if knobs.processor_time else time.perf_counter
     began = clock()
@@ -171,10 +169,18 @@ def line(name, **change):
     Fixed bytes, and bytes per n, of each phase of two steps; backward has one per gradient. Beyond a few
     slices, each further one adds the same to a phase, so two n determine the line.
     """
-    few = 4 * max(1, knobs.slice_tokens // shape['block_size'])
+    few = 4 * max(1, knobs.slice_tokens // math.prod(size(1)))
     counts = [counted(name, n, **change) for n in (few, 2 * few)]
     one, two = (np.maximum.reduceat(x.curve(), [0, *(time for _, time in x.marks)]) for x in counts)
     return 2 * one - two, (two - one) / few
+
+def on_host(name, n, **change):
+    """MB that a case keeps in its host's memory, and those that a step moves: both are in proportion to n."""
+    if not CASES[name].get('host'):
+        return {}
+    one = counted(name, 1, **change)
+    return {'host MB per sequence': n * one.curve('host').max() / 1e6,
+            'moved MB per sequence': n * one.moved / 1e6}
 
 @cache
 def largest(name, gigabytes, **change):
@@ -198,7 +204,8 @@ def depth():
         else:
             peaks = [counted(name, n_layer=n).curve('activations').max() for n in layers]
         row(name, **{'MB per layer': round(np.polyfit(layers, peaks, 1)[0]) / 1e6},
-            **{f'{n} layers': peak / 1e6 for n, peak in zip(layers, peaks)}, layers=layers)
+            **{f'{n} layers': peak / 1e6 for n, peak in zip(layers, peaks)},
+            **on_host(name, 1, n_layer=max(layers)), layers=layers)
 
 def batch():
     for n, gigabytes, name in product(layers, budgets or [24.0], cases):
@@ -206,11 +213,12 @@ def batch():
         standard = largest('standard', gigabytes, n_layer=n)
         row(name, **{'layers': n, 'GB': gigabytes, 'batch': found or 'does not fit',
                      'MB per sequence': line(name, n_layer=n)[1].max() / 1e6,
-                     'to standard': found / standard if standard else None})
+                     'to standard': found / standard if standard else None}, **on_host(name, 1, n_layer=n))
 
 def length():
     for gigabytes, name in product(budgets or [24.0], cases):
-        row(name, GB=gigabytes, length=128 * largest(name, gigabytes) or 'does not fit')
+        found = largest(name, gigabytes)
+        row(name, GB=gigabytes, length=128 * found or 'does not fit', **on_host(name, found))
 
 def frontier():
     for n, name in product(layers, cases):
@@ -237,7 +245,7 @@ def check():
     for name in cases:
         child = [sys.executable, __file__, 'resident', *sys.argv[2:], f'--cases={name}', '--json=None']
         found = int(subprocess.check_output(child, text=True).split()[-1])
-        expected = counted(name).curve().max()
+        expected = counted(name).curve(*Count.DEVICE, 'host').max()
         row(name, **{'counted MB': expected / 1e6, 'resident MB': found / 1e6, 'ratio': found / expected})
 
 def resident():
@@ -263,17 +271,22 @@ def throughput():
         for turn in range(1 + knobs.repeats):
             for name in [name for name in cases[::1 if turn % 2 else -1] if sizes[name]]:
                 torch.cuda.empty_cache()
-                train(models[name], optimizer, sizes[name], 2)      # fills the allocator, and compiles
-                seconds = train(models[name], optimizer, sizes[name], 2)
+                train(models[name], optimizer, sizes[name], 1)      # fills the allocator, and compiles
+                seconds = train(models[name], optimizer, sizes[name], 3)
                 if turn:
-                    times[name].append(seconds / (2 * sizes[name] * shape['block_size']))
+                    times[name].append(seconds / (3 * sizes[name] * shape['block_size']))
         for name in cases:
             ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}   # by turn
+            beside_nanogpt = {}
+            if 'nanogpt' in cases:
+                columns = 'time to nanogpt', 'lower quartile', 'upper quartile'
+                beside_nanogpt = spread(columns, ratio['nanogpt'], 0.25)
             row(name, GB=gigabytes, batch=sizes[name] or 'does not fit',
                 **{'stored layers': models[name].config.stored_layers},
                 **spread(['tokens/s', 'lowest', 'highest'], [1 / x for x in times[name]]),
                 **spread(['time to standard', 'least', 'most'], ratio['standard']),
                 **spread(['time to checkpointed'], ratio['checkpointed']),
+                **beside_nanogpt,
                 all_seconds=[x * sizes[name] * shape['block_size'] for x in times[name]])
         models = model = optimizer = weights = None     # leaves the GPU to the next budget
 

@@ -1,7 +1,6 @@
 """
 What a training step takes, counted without running it: bytes and operations. stored_layers = 'auto' needs it.
 """
-import math
 import os
 import sys
 import weakref
@@ -20,21 +19,20 @@ from torch.utils.flop_counter import flop_registry
 from model import GPT
 from runtime import adamw, count_parameters, say
 
-if sys.platform != 'win32':                 # which has no such module
-    import resource
-
 class Count(TorchDispatchMode):
     """
-    Follows every tensor's storage from its birth to its end, and adds up the operations of matrix products
-    and attention: a multiplication and an addition are two. Under FakeTensorMode nothing is computed, and the
-    numbers are the same. Not seen: what allocators, CUDA and kernels take for themselves.
+    Follows every tensor's storage from birth to end, and adds up the operations of matrix products and
+    attention, two per multiplication and addition. Not seen: what CUDA, kernels and allocators take.
     """
+    DEVICE = 'weights', 'gradients', 'optimizer', 'activations'         # the kinds, without 'host'
+
     def __init__(self):
         super().__init__()
         self.alive = {}                     # the storages of now, by address: size and kind
         self.events = []                    # births (1, storage) and ends (-1, storage): a clock
         self.marks = []                     # (kind, time)
         self.work = 0                       # operations
+        self.moved = 0                      # bytes, from the device to its host and back
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -63,19 +61,25 @@ class Count(TorchDispatchMode):
         for x in tensors:
             self.alive[x.untyped_storage()._cdata].kind = kind
 
+    def move(self, kind, x):
+        """A copy of this kind: on the 'host', whose memory is the same here, or back."""
+        copy = x.clone()
+        self.alive[copy.untyped_storage()._cdata].kind = kind
+        self.moved += copy.nbytes
+        return copy
+
     def curve(self, *kinds):
-        """Live bytes at every time, from 0 on: of these kinds, or of all."""
-        changes = [sign * x.size * (not kinds or x.kind in kinds) for sign, x in self.events]
+        """Live bytes at every time, from 0 on: of these kinds, or of all that are on the device."""
+        changes = [sign * x.size * (x.kind in (kinds or self.DEVICE)) for sign, x in self.events]
         return np.cumsum([0, *changes])
 
     def at(self, time):
-        """Live bytes at this time, by kind."""
-        kinds = 'weights', 'gradients', 'optimizer', 'activations'
-        return {kind: int(self.curve(kind)[time]) for kind in kinds}
+        """Live bytes on the device at this time, by kind."""
+        return {kind: int(self.curve(kind)[time]) for kind in self.DEVICE}
 
 def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
     """The Count of two steps of AdamW on a CPU, of micro-batches (B, T) of tokens, with build()'s model."""
-    with FakeTensorMode() if fake else torch.enable_grad(), Count() as count:
+    with FakeTensorMode() if fake else torch.enable_grad(), Count() as count:       # fake: computes nothing
         model = build()
         count.mark('weights', model.parameters())
         for weight in model.parameters():   # one mark per gradient: a backward pass has as many phases
@@ -83,7 +87,7 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
         optimizer = adamw(model)
         idx = torch.zeros(B, T, dtype=torch.long)
         for _ in range(2):
-            count.work = 0
+            count.work = count.moved = 0
             for _ in range(micro_batches):
                 with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
                     loss = model(idx, idx)[1]
@@ -140,6 +144,7 @@ def peak_memory(kind):
     if kind == 'mps':
         return torch.mps.driver_allocated_memory() / 1e9
     if sys.platform == 'win32':
-        return math.nan
+        return float('nan')
+    import resource                         # a module that Windows lacks
     unit = 1 if sys.platform == 'darwin' else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,9 +39,12 @@ def provenance(here, knobs):
                 hardware=hardware, processes=world, torch=torch.__version__, python=platform.python_version(),
                 knobs=asdict(knobs))
 
-def spread(names, values):
-    """The median, the lowest and the highest of these values, under these names; None of no values."""
-    found = (statistics.median(values), min(values), max(values)) if values else (None, None, None)
+def spread(names, values, part=0):
+    """
+    The median of these values, and those that this part of them is below and above (0: the lowest and the
+    highest), under these names; None of no values.
+    """
+    found = np.quantile(values, (0.5, part, 1 - part)).tolist() if values else (None, None, None)
     return dict(zip(names, found))
 
 def text(value):

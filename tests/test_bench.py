@@ -109,14 +109,14 @@ def test_a_model_that_no_cpu_holds_is_a_sentence():
 # -----------------------------------------------------------------------------
 # bench.py
 
-def bench(place, mode, **flags):
+def bench(place, mode, fake=False, **flags):
     """The rows of its file."""
     flags = {**TINY, 'batch_size': 2, 'device': 'cpu', 'json': 'rows.json', **flags}
     with pytest.MonkeyPatch.context() as here, redirect_stdout(io.StringIO()):
         here.chdir(place)
         here.setattr(sys, 'argv', ['bench.py', mode, *(f'--{name}={value}' for name, value in flags.items())])
         here.setattr(sys, 'excepthook', sys.excepthook)
-        here.setattr(memory, 'count_two_steps', partial(count_two_steps, fake=False))
+        here.setattr(memory, 'count_two_steps', partial(count_two_steps, fake=fake))
         runpy.run_path(os.path.join(ROOT, 'bench.py'), run_name='__main__')
     return json.loads((place / 'rows.json').read_text())['rows']
 
@@ -126,6 +126,52 @@ def test_depth_finds_no_activations_per_layer(place):
     assert abs(leapfrog) < 0.01 * standard
     two, four, six = (rows[0][f'{n} layers'] for n in (2, 4, 6))
     assert six - four == pytest.approx(four - two)
+
+# two sequences of 32 tokens in slices of 8: a slice is a sequence, and a tile of the MLP 8 tokens
+RIVALS = ['checkpointed', 'checkpointed/sliced', 'checkpointed/bf16', 'checkpointed/bf16/tiled',
+          'checkpointed/host']
+LONG = dict(slice_tokens=8, n_embd=64)
+
+def test_rivals_are_counted_without_memory_as_in_real_tensors(place):
+    flags = dict(LONG, cases=','.join(RIVALS), layers='[1,3]')
+    fake, real = (bench(place, 'depth', fake, **flags) for fake in (True, False))
+    assert len({str(dict(row, case='')) for row in fake}) == len(RIVALS)                # no two are the same
+    for one, other in zip(fake, real):
+        assert one.keys() == other.keys()
+        # byte for byte, but for mean and deviation of two layer norms: for bf16 and float32 together a CPU
+        # has them in float32, and fake ones are in bf16
+        slack = 0 if one['case'] in RIVALS[:2] else 2 * 32 * 2 * 2 / 1e6
+        for name, value in one.items():
+            assert name == 'case' or value == pytest.approx(other[name], rel=0, abs=slack + 1e-9)
+
+def test_what_checkpointing_keeps_grows_with_depth_unless_it_is_on_the_host(place):
+    """In bytes, per layer: checkpointing keeps x alone, and of its elements float32 has 4, bf16 2."""
+    rows = bench(place, 'depth', cases=','.join(RIVALS[1:]), layers='[2,4,6]', n_embd=64, batch_size=64)
+    x = 32 * 64                                 # elements per sequence
+    for row, size in zip(rows, (4, 2, 2, 0)):
+        for two, four in ((2, 4), (4, 6)):
+            more = row[f'{four} layers'] - row[f'{two} layers']
+            assert more == pytest.approx(2 * 64 * x * size / 1e6, abs=1e-9), row['case']
+    host = rows[-1]
+    assert host['host MB per sequence'] == pytest.approx(6 * x * 2 / 1e6)
+    assert host['moved MB per sequence'] == pytest.approx(2 * 6 * x * 2 / 1e6)          # there and back
+    assert not any('host MB per sequence' in row for row in rows[:-1])
+
+@pytest.mark.parametrize('mode', ['batch', 'length'])
+def test_what_is_on_the_host_is_in_every_table(place, mode):
+    row, = bench(place, mode, cases='checkpointed/host', budget_gb=0.01)
+    tokens = 32 if mode == 'batch' else row['length']
+    assert row['host MB per sequence'] == pytest.approx(TINY['n_layer'] * tokens * TINY['n_embd'] * 2 / 1e6)
+    assert row['moved MB per sequence'] == 2 * row['host MB per sequence']
+
+def test_a_copy_on_the_host_is_not_on_the_device():
+    with memory.Count() as counted:
+        x = torch.zeros(10)
+        there = counted.move('host', x)
+        back = counted.move('activations', there)
+        del there, back
+    assert counted.curve().tolist() == [0, 40, 40, 80, 80, 40]
+    assert counted.curve('host').tolist() == [0, 0, 40, 40, 0, 0] and counted.moved == 80
 
 def test_the_largest_batch_fits_and_the_next_does_not(place):
     rows = bench(place, 'batch', budget_gb='[0.0001,0.01]')
@@ -153,6 +199,11 @@ def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(
 def test_the_longest_context(place):
     standard, leapfrog = bench(place, 'length', cases='standard,leapfrog', budget_gb=0.01, slice_tokens=64)
     assert standard['length'] < leapfrog['length'] and leapfrog['length'] % 128 == 0
+
+def test_tiles_and_the_host_make_contexts_longer(place):
+    flags = dict(cases=','.join(RIVALS[2:]), budget_gb=0.2, n_layer=4, n_embd=64, block_size=4096)
+    bf16, tiled, host = (row['length'] for row in bench(place, 'length', **flags))
+    assert 1.2 * bf16 < tiled and 1.1 * tiled < host
 
 def test_memory_against_work(place):
     lean = 'standard', 'checkpointed/sliced', 'checkpointed/bf16'
@@ -188,6 +239,50 @@ def test_throughput_at_the_largest_batch(place):
     row, = bench(place, 'throughput', cases='leapfrog', repeats=1, budget_gb=0.004, processor_time=True)
     assert row['GB'] == 0.004 and row['batch'] > 1 and row['tokens/s'] > 0
 
+STAND_IN = """
+from dataclasses import dataclass
+import model
+
+@dataclass
+class GPTConfig:                                # the names are nanoGPT's
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class GPT(model.GPT):
+    def __init__(self, config):
+        super().__init__(model.GPTConfig(scheme='standard', **vars(config)))
+        for weight in self.parameters():        # bench.py gives it those of the others
+            weight.data.zero_()
+
+    def forward(self, idx, targets=None):
+        with open('seen', 'a') as file:
+            loss = super().forward(idx, targets)[1]
+            print(*idx.shape, idx.sum().item(), len(self.transformer.h), loss.item(), file=file)
+        return None, loss
+"""
+
+def test_nanogpt_runs_beside_ours(place, tmp_path):
+    """Or rather what stands in for it."""
+    path = tmp_path / 'model.py'
+    path.write_text(STAND_IN)
+    (place / 'seen').unlink(missing_ok=True)
+    flags = dict(cases='standard,nanogpt', nanogpt=path, repeats=3, processor_time=True, dtype='float32')
+    ours, its = bench(place, 'throughput', **flags)
+    assert its['time to nanogpt'] == its['upper quartile'] == 1 and its['stored layers'] == 2
+    assert 0 < ours['lower quartile'] <= ours['time to nanogpt'] <= ours['upper quartile']
+    seen = (place / 'seen').read_text().splitlines()
+    assert len(seen) == 4 * 4 and len(set(seen)) == 1 and seen[0].startswith('2 32 ')   # the same tokens
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(scheme='standard', vocab_size=256, **TINY))
+    torch.manual_seed(0)
+    tokens = torch.randint(256, (2, 2, 32))
+    assert seen[0].endswith(f' 2 {model(*tokens)[1].item()}')                           # and weights
+
 @pytest.mark.skipif(not find_spec('revlib'), reason='revlib is not installed')
 def test_another_library_runs_beside_ours(place):
     rows = bench(place, 'throughput', cases='standard,revlib', repeats=1, dtype='float32')
@@ -202,6 +297,7 @@ def test_all_logits_at_once_take_more(place):
     ('speed', {}, "unknown name 'speed': choose one of depth, batch"),
     ('depth', dict(cases='euler'), "unknown name 'euler': choose one of standard,"),
     ('batch', dict(shape='gpt9'), "unknown name 'gpt9': choose one of gpt2,"),
+    ('throughput', dict(cases='nanogpt'), "'nanogpt' needs nanoGPT's model: give it as --nanogpt="),
     ('depth', dict(n_embd=30, n_head=4), 'n_embd must be divisible by n_head')])
 def test_bench_complains_in_a_sentence(place, mode, flags, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -221,6 +317,7 @@ def test_a_table_keeps_its_rows_at_any_time(tmp_path, capsys):
     names, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
     assert (names, one, two) == (['size', 'seconds'], ['one', '1.5', '-'], ['two', '12,346', '1.0e-05'])
     assert spread('ab', [3, 1, 2]) == dict(a=2, b=1) and spread('ab', []) == dict(a=None, b=None)
+    assert spread('abc', [5, 1, 2, 4, 3], 0.25) == dict(a=3, b=2, c=4)
     with pytest.raises(OSError):                # now, and not after hours of work
         open_table(str(tmp_path), {})
 
