@@ -28,7 +28,7 @@ from memory import count_two_steps
 from model import GPT, GPTConfig, Tape
 from results.table import open_table, spread
 from runtime import count_parameters
-from test_scripts import ROOT, complaint, place, run, train, whole      # noqa: F401, two are fixtures
+from test_scripts import ROOT, SMALL, complaint, place, run, train, whole      # noqa: F401, two are fixtures
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, slice_tokens=512)
 
@@ -390,6 +390,28 @@ def test_the_table_of_the_comparison_is_made_of_the_runs_that_are_kept(capsys):
     output = capsys.readouterr().out
     assert 'as train.py has it no longer: bdia' in output and '12 layers: ' in output
     assert re.search(r'^leapfrog +\(0\.\d+, 0\.\d+\) +1\.\d+ +1\.\d+ +1\.\d+ +1\.6667', output, re.M)
+
+ITS_TRAIN = """
+import pickle, sys
+import numpy as np
+flags = dict(arg[2:].split('=') for arg in sys.argv[1:])
+tokens = [np.fromfile(f"data/{flags['dataset']}/{name}.bin", np.uint16).tolist() for name in ('train', 'val')]
+with open('data/ours/meta.pkl', 'rb') as file, open(PLACE + '/seen.txt', 'a') as seen:
+    print(pickle.load(file), len(tokens[0]), len(tokens[1]), max(tokens[0]), *(flags[name] for name in (
+        'n_embd', 'max_iters', 'device', 'compile')), file=seen)
+"""
+
+def test_steps_of_nanogpt_and_ours_are_timed_on_the_same_tokens(place, tmp_path):
+    (tmp_path / 'train.py').write_text(f'PLACE = {str(tmp_path)!r}\n' + ITS_TRAIN)
+    config = dict(SMALL, scheme='leapfrog', h=0.5)
+    (place / 'small.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in config.items()))
+    flags = dict(nanogpt=tmp_path, config='small.py', few=1, many=3, repeats=1, json='steps.json')
+    run(place, 'results/nanogpt.py', **flags)
+    its, ours = json.loads((place / 'steps.json').read_text())['rows']
+    assert its['case'] == 'nanogpt' and its['time to nanogpt'] == 1
+    assert ours['case'] == 'standard' and len(ours['all_ms']) == 1
+    what = "{'vocab_size': 256} 2000 1000 104 16"
+    assert (tmp_path / 'seen.txt').read_text() == f'{what} 1 cpu False\n{what} 3 cpu False\n'
 
 def test_sampling_writes_the_same_tokens_as_transformers(place):
     sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=65, block_size=32)
