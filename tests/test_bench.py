@@ -185,15 +185,15 @@ def test_the_largest_batch_fits_and_the_next_does_not(place):
         fields = {'scheme': 'standard', 'vocab_size': 256, **fields}
         peaks = [count(B, dtype='bfloat16', **fields).curve().max() for B in (found[case], more)]
         assert peaks[0] <= 0.01e9 < peaks[1], (case, peaks)
-    assert found['standard'] < found['checkpointed'] < found['leapfrog'] < found['checkpointed/sliced']
-    assert found['checkpointed/sliced'] < found['checkpointed/bf16']    # at two layers alone
+    assert found['standard'] < found['checkpointed'] < found['checkpointed/sliced'] <= found['leapfrog']
+    assert found['leapfrog'] < found['checkpointed/bf16']               # at two layers alone
     assert rows[-1]['to standard'] == found['leapfrog'] / found['standard']
 
 def test_a_large_batch_is_known_from_small_ones_where_the_peak_moves_in_between(place):
     """Small batches have it at the end of backward, with gradients; large ones at its start, with bits."""
     sizes = dict(n_embd=128, block_size=64)
     row, = bench(place, 'batch', cases='midpoint_a/4bits', budget_gb=0.1, **sizes)
-    element = 8 + 8 + 4 + 4 + 2 * 4 / 8         # two states, two gradients, bits of two layers
+    element = 4 + 4 + 4 + 4 + 2 * 4 / 8         # two states, two gradients, bits of two layers
     assert row['MB per sequence'] == 64 * (128 * element + 8) / 1e6                     # and tokens
 
 def test_the_longest_context(place):
