@@ -6,8 +6,9 @@ States of 32 bits: how large they become, what they cost in loss, and how many b
     python results/states.py --gradients        # of new models, and of those that these runs have trained
 
 A run is train.py with config/compare.py, at the rate and h that results/compare.py found best for its
-scheme. At 12 layers its losses stand beside those of compare.csv, made with states of 64 bits, 32 of them
-fractional, on the same data from the same weights. A second process started beside the first takes other runs.
+scheme. At 12 layers its losses stand beside those of states of 64 bits, 32 of them fractional, on the same
+data from the same weights: these are in compare.csv, but for midpoint_a, whose a was drawn otherwise then. A
+second process started beside the first takes other runs.
 """
 import csv
 import fcntl
@@ -28,16 +29,18 @@ from pretrained import build
 
 TABLE = os.path.join(ROOT, 'results', 'states.csv')
 WIDE = os.path.join(ROOT, 'results', 'compare.csv')
-COLUMNS = 'scheme', 'h', 'lr', 'seed', 'layers', 'steps', 'val_loss', 'largest', 'fractional_bits'
+COLUMNS = ('scheme', 'h', 'lr', 'seed', 'layers', 'steps', 'state_bits', 'val_loss', 'largest',
+           'fractional_bits')
 BEST = {'leapfrog': (0.125, 8e-3), 'symplectic': (None, 8e-3), 'midpoint_a': (0.125, 4e-3),
         'midpoint': (0.0625, 4e-3)}             # (h, learning rate)
 SEEDS = 2, 3, 4
-RUNS = [(scheme, h, lr, seed, 12, 1465) for seed in SEEDS for scheme, (h, lr) in BEST.items()]
-RUNS += [(scheme, h and h / 2, lr, 1, 24, 732) for scheme, (h, lr) in BEST.items()]
-RUNS += [('midpoint_sum', None, 8e-3, 1, 12, 1465), ('midpoint_sum', None, 8e-3, 1, 24, 366)]
+RUNS = [(scheme, h, lr, seed, 12, 1465, 32) for seed in SEEDS for scheme, (h, lr) in BEST.items()]
+RUNS += [('midpoint_a', *BEST['midpoint_a'], seed, 12, 1465, 64) for seed in SEEDS]
+RUNS += [(scheme, h and h / 2, lr, 1, 24, 732, 32) for scheme, (h, lr) in BEST.items()]
+RUNS += [('midpoint_sum', None, 8e-3, 1, 12, 1465, 32), ('midpoint_sum', None, 8e-3, 1, 24, 366, 32)]
 
-def folder_of(scheme, h, lr, seed, layers, steps):
-    return os.path.join(ROOT, 'out_states', f'{scheme}_{layers}layers_{steps}steps_seed{seed}')
+def folder_of(scheme, h, lr, seed, layers, steps, state_bits):
+    return os.path.join(ROOT, 'out_states', f'{scheme}_{layers}layers_{steps}steps_seed{seed}_{state_bits}bits')
 
 def rows(path):
     """Key -> row of a table."""
@@ -46,25 +49,26 @@ def rows(path):
     with open(path, newline='') as file:
         found = list(csv.DictReader(file))
     return {(row['scheme'], float(row['h']) if row['h'] else None, float(row['lr']),
-             *(int(row[name]) for name in ('seed', 'layers', 'steps'))): row for row in found}
+             *(int(row.get(name, 64)) for name in ('seed', 'layers', 'steps', 'state_bits'))): row
+            for row in found}
 
 def make(key):
     """A run, and its row: the largest value that any step had to hold, and the bits at the end."""
-    scheme, h, lr, seed, layers, steps = key
+    scheme, h, lr, seed, layers, steps, state_bits = key
     flags = dict(scheme=scheme, learning_rate=lr, min_lr=lr / 10, seed=seed, n_layer=layers, gelu='tanh',
                  stored_layers=layers, max_iters=steps, warmup_iters=steps // 15, lr_decay_iters=steps,
-                 eval_interval=steps, log_interval=1, out_dir=folder_of(*key))
+                 eval_interval=steps, log_interval=1, state_bits=state_bits, out_dir=folder_of(*key))
     if h is not None:
         flags['h'] = h
     command = [sys.executable, 'train.py', 'config/compare.py', *(f'--{k}={v}' for k, v in flags.items())]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    bits = GPTConfig().fractional_bits
+    bits = GPTConfig(state_bits=state_bits).fractional_bits
     largest = 0.0
     for line in output.splitlines():
         lowered = re.search(r'(\d+) fractional bits', line)
         used = re.search(r'range_used (\S+)', line)
         if used:                            # the line about fewer bits comes before that of its step
-            largest = max(largest, float(used[1]) * 2.0**(31 - bits))
+            largest = max(largest, float(used[1]) * 2.0**(state_bits - 1 - bits))
         if lowered:
             bits = int(lowered[1])
     loss = float(re.findall(r'val_loss (\S+)', output)[-1])
@@ -77,16 +81,16 @@ def make(key):
 
 def table():
     narrow = rows(TABLE)
-    wide = rows(WIDE)
+    wide = {**rows(WIDE), **{key: row for key, row in narrow.items() if key[6] == 64}}
     print('largest value of any step')
     for key, row in narrow.items():
-        print(f'  {key[0]:<13}{key[4]:>3} layers, seed {key[3]}: {row["largest"]:>9}, '
+        print(f'  {key[0]:<13}{key[4]:>3} layers, seed {key[3]}, {key[6]} bits: {row["largest"]:>9}, '
               f'{row["fractional_bits"]} fractional bits')
     print('validation loss, seeds 2, 3, 4')
     for scheme, (h, lr) in BEST.items():
         keys = [(scheme, h, lr, seed, 12, 1465) for seed in SEEDS]
-        if all(key in narrow for key in keys):
-            pairs = [(float(narrow[key]['val_loss']), float(wide[key]['val_loss'])) for key in keys]
+        if all((*key, 32) in narrow and (*key, 64) in wide for key in keys):
+            pairs = [(float(narrow[*key, 32]['val_loss']), float(wide[*key, 64]['val_loss'])) for key in keys]
             print(f'  {scheme:<13}' + ', '.join(f'{x:.4f} ({y:.4f})' for x, y in pairs), end='; ')
             means = [statistics.mean(numbers) for numbers in zip(*pairs)]
             deviations = [statistics.stdev(numbers) for numbers in zip(*pairs)]
@@ -114,7 +118,7 @@ def gradient_table():
     x, y = windows[:, :-1], windows[:, 1:]
     for scheme, (h, lr) in BEST.items():
         for layers, steps, seed in ((12, 1465, 2), (24, 732, 1)):
-            key = scheme, h and h * 12 / layers, lr, seed, layers, steps
+            key = scheme, h and h * 12 / layers, lr, seed, layers, steps, 32
             trained = build(os.path.join(folder_of(*key), 'last.pt'))[0]
             torch.manual_seed(0)
             for name, model in (('new', GPT(trained.config)), ('trained', trained)):
