@@ -122,7 +122,7 @@ class GPTConfig:
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * self.n_layer
 
-    def integers(self, dtype):
+    def state_type(self, dtype):
         """(dtype of the states, the number 1 as a state), if the embedding has this dtype."""
         if not self.exact:
             return wide(dtype), 1.0
@@ -132,7 +132,7 @@ class GPTConfig:
 
     def coefficients(self, dtype=torch.float32):
         """The Coefficients of each layer, if the embedding has this dtype."""
-        state, one = self.integers(dtype)
+        state, one = self.state_type(dtype)
         result = []
         for chosen, h in zip(self.per_layer('a'), self.per_layer('h')):
             a, c = SCHEMES[self.scheme](chosen, h)
@@ -386,6 +386,8 @@ class GPT(nn.Module):
                 cache = None
             logits, _ = self(new, cache=cache)
             logits = logits[:, -1, :vocab_size].float()                     # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError('the logits are not finite: a weight is not, or a state has left its range')
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -504,7 +506,7 @@ class Tape:
         self.model = model
         self.cache = cache
         self.dtype = x.dtype
-        state, self.one = model.config.integers(x.dtype)
+        state, self.one = model.config.state_type(x.dtype)
         self.p = to_state(x, self.one, state)
         self.v = torch.zeros_like(self.p)       # the paper leaves p_{-1} open: it is p_0, so v is 0
         self.g_p = None
@@ -513,7 +515,7 @@ class Tape:
         self.looks = []                         # see watch()
         self.bounds = []
         x = x.detach()
-        self.watch(x, x, x, [[self.one, 0, 0], [0, 0, 0]])
+        self.watch(x, x, x, [[self.one, 0, 0], [0, 0, 0]])      # the embedding has to fit, too
         self.dropout = model.config.dropout > 0 and model.training
         self.rng = torch if kind == 'cpu' else torch.get_device_module(kind)
         # backward runs outside autocast. In training autocast's own cache would keep all cast weights alive
@@ -608,7 +610,10 @@ class Tape:
             return x, f(x, self.cache)
 
     def watch(self, p, v, fx, bounds):
-        """Integers wrap silently, and know no inf or NaN. So this looks at what goes into a step."""
+        """
+        Integers wrap silently, and know no inf or NaN. So this looks at what goes into a step. Two rows of
+        bounds, factors of |p|, |v| and |f(p)|, give two sums that have to fit.
+        """
         if not self.p.dtype.is_floating_point:
             self.looks += *p.aminmax(), *v.aminmax(), *fx.aminmax()
             self.bounds.append(bounds)
@@ -617,7 +622,7 @@ class Tape:
         """The largest |n v| or |p| + |a v| + |c f(p)| of all steps, as a part of the integers' range."""
         like = torch.zeros((), dtype=wide(self.dtype), device=self.p.device)
         looks = torch.stack((*self.looks, like))[:-1]                       # min and max of p, v and f(p)
-        sizes = looks.abs().view(-1, 1, 3, 2).amax(-1)                      # (steps, 1, 3)
+        sizes = looks.abs().view(-1, 1, 3, 2).amax(-1)                      # (looks, 1, 3)
         bounds = torch.tensor(self.bounds, dtype=like.dtype).to(like.device, non_blocking=True)
         return (bounds * sizes).sum(-1).amax() / 2**(torch.iinfo(self.p.dtype).bits - 1)
 

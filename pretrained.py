@@ -145,8 +145,9 @@ def load(name):
         config = dict(checkpoint['model_args'], scheme='standard', gelu='erf')
         meta = OPENAI if config['vocab_size'] >= 50257 else dict(encoding='unknown')
     else:                                       # of ours. Older ones do not say that they have these
-        config = dict(gelu='tanh', state_bits=64) | checkpoint['config']
-        config['stored_layers'] = None
+        config = dict(gelu='tanh') | checkpoint['config'] | dict(stored_layers=None)
+        if config['scheme'] != 'standard':
+            config.setdefault('state_bits', 64)
         meta = checkpoint['meta']
     return config, ('nanogpt', checkpoint['model']), meta
 
@@ -205,6 +206,8 @@ def fit_range(model, idx):
     model.largest = 0.0
     model(idx)
     largest = float(model.largest) * 2.0**(63 - 20)
+    if not math.isfinite(largest):
+        raise ValueError('a weight of the model is not finite: use another model')
     bits = config.state_bits - 1 - math.ceil(math.log2(8 * largest + 1))
     model.config = replace(config, fractional_bits=max(0, min(bits, config.fractional_bits)))
     say(f'the largest state is {largest:.4g}: states get {model.config.fractional_bits} fractional bits')

@@ -184,7 +184,7 @@ losses = checkpoint.get('losses')
 if checkpoint:
     load_run(checkpoint, student, optimizer, here)
     table = checkpoint['table']
-    if knobs.fractional_bits is None:
+    if knobs.fractional_bits in (None, checkpoint['knobs']['fractional_bits']):
         student.config.fractional_bits = checkpoint['config']['fractional_bits']
 elif knobs.fractional_bits is None:
     fit_range(student, windows(val_data, [0], knobs.block_size, here.device)[0])
@@ -236,7 +236,8 @@ while step < knobs.max_iters:
     loss, norm, stop, used = agree(step, loss, norm, student.mismatches, student.largest, here)
     if stop or used > 0.999:                # this step is not taken
         save()
-        make_room(step, used, student.config)
+        if used > 0.999:
+            make_room(step, used, student.config)
         say(f'stopped at step {step}: continue with --init_from=resume')
         break
     here.scaler.step(optimizer)

@@ -68,7 +68,7 @@ def leave():
         dist.destroy_process_group()
 
 def all_reduce(*numbers, how='SUM'):
-    """The sums over all processes, or MIN, MAX."""
+    """The sums over all processes, or with how='MAX' the largest."""
     kind = 'cuda' if world > 1 and dist.get_backend() == 'nccl' else 'cpu'
     numbers = torch.tensor(numbers, dtype=torch.float64, device=kind)
     if world > 1:
@@ -200,9 +200,11 @@ def agree(step, loss, norm, mismatches, largest, here):
 def make_room(step, used, config):
     """A quarter of their range is used: states get one fractional bit less. All of it: raises an error."""
     if used > 0.999:
+        all_reduce(0)                       # until the first process has written its checkpoint
         bits = config.fractional_bits - math.ceil(math.log2(8 * used))
+        advice = f'--fractional_bits={bits}' if bits >= 8 else '--state_bits=64'
         raise ValueError(f'stopped at step {step}: a state would leave its range: continue with '
-                         f'--init_from=resume --fractional_bits={max(0, bits)}')
+                         f'--init_from=resume {advice}')
     if used > 0.25 and config.fractional_bits > 0:
         config.fractional_bits -= 1
         say(f'step {step}: a state used {used:.0%} of its range: {config.fractional_bits} fractional bits')

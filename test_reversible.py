@@ -121,10 +121,6 @@ def test_stored_and_rebuilt_gradients_are_the_same_bits(scheme, dtype, dropout, 
     check_exact(scheme, dtype, dropout, amplify)
 
 @every_scheme
-def test_states_of_64_bits_are_exact_too(scheme):
-    check_exact(dict(scheme, state_bits=64), torch.bfloat16, dropout=0.1, amplify=8)
-
-@every_scheme
 def test_the_whole_batch_as_one_slice_is_exact_too_and_has_the_same_gradients(scheme):
     whole = dict(scheme, slice_tokens=B * T)
     check_exact(whole, torch.bfloat16, dropout=0.1, amplify=8)

@@ -107,14 +107,16 @@ step = checkpoint.get('step', 0)
 best_val_loss = checkpoint.get('best_val_loss', math.inf)
 
 given = {name: getattr(knobs, name) for name in FREE + FIXED}           # the knobs of the model
-states = {name: getattr(knobs, name) for name in STATES if getattr(knobs, name) is not None}
-if knobs.state_bits:                        # without fractional_bits they have those of a new model
+before = checkpoint.get('knobs', {})        # training may have lowered fractional_bits: a knob that was there
+states = {name: getattr(knobs, name) for name in STATES}                # before does not undo that
+states = {name: x for name, x in states.items() if x not in (None, before.get(name))}
+if 'state_bits' in states:                  # without fractional_bits they have those of a new model
     states['fractional_bits'] = knobs.fractional_bits
 auto = knobs.stored_layers == 'auto'
 if auto:                                    # counted below: the model has to be there
     given['stored_layers'] = None
 if checkpoint:
-    config = GPTConfig(**checkpoint['config'])
+    config = GPTConfig(**dict(state_bits=64) | checkpoint['config'])    # older ones do not say so
 elif knobs.init_from == 'scratch':
     if knobs.bits is not None:
         raise ValueError('bits are for a trained standard model: give --init_from, or --scheme and --a')
@@ -199,7 +201,8 @@ while step < knobs.max_iters:
     loss, norm, stop, used = agree(step, loss, norm, model.mismatches, model.largest, here)
     if stop or used > 0.999:                # this step is not taken: the weights are those of the last one
         save(last)
-        make_room(step, used, config)
+        if used > 0.999:
+            make_room(step, used, config)
         say(f'stopped at step {step}: continue with --init_from=resume')
         break
     here.scaler.step(optimizer)

@@ -73,10 +73,10 @@ with tempfile.TemporaryDirectory() as place:
     flags = {name: config[name] for name in SAME if name in config}
     cases = {'nanogpt': (['train.py'], theirs, dict(flags, dataset='ours', eval_iters=1))}
     for scheme in knobs.schemes.split(','):
-        flags = dict(scheme=scheme, eval_windows=1, out_dir=f'{place}/{scheme}')
+        ours = dict(scheme=scheme, eval_windows=1, out_dir=f'{place}/{scheme}')
         if scheme == 'standard':
-            flags['h'] = None               # the config's h is for its own scheme
-        cases[scheme] = [f'{ROOT}/train.py', os.path.abspath(knobs.config)], os.getcwd(), flags
+            ours['h'] = None                # the config's h is for its own scheme
+        cases[scheme] = [f'{ROOT}/train.py', os.path.abspath(knobs.config)], os.getcwd(), ours
     times = {name: [] for name in cases}    # milliseconds of a step, one number per turn
     for turn in range(knobs.repeats):
         for name in list(cases)[::1 if turn % 2 else -1]:

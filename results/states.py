@@ -40,7 +40,8 @@ RUNS += [(scheme, h and h / 2, lr, 1, 24, 732, 32) for scheme, (h, lr) in BEST.i
 RUNS += [('midpoint_sum', None, 8e-3, 1, 12, 1465, 32), ('midpoint_sum', None, 8e-3, 1, 24, 366, 32)]
 
 def folder_of(scheme, h, lr, seed, layers, steps, state_bits):
-    return os.path.join(ROOT, 'out_states', f'{scheme}_{layers}layers_{steps}steps_seed{seed}_{state_bits}bits')
+    name = f'{scheme}_{layers}layers_{steps}steps_seed{seed}_{state_bits}bits'
+    return os.path.join(ROOT, 'out_states', name)
 
 def rows(path):
     """Key -> row of a table."""
@@ -63,14 +64,16 @@ def make(key):
     command = [sys.executable, 'train.py', 'config/compare.py', *(f'--{k}={v}' for k, v in flags.items())]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     bits = GPTConfig(state_bits=state_bits).fractional_bits
+    left = bits
     largest = 0.0
     for line in output.splitlines():
         lowered = re.search(r'(\d+) fractional bits', line)
         used = re.search(r'range_used (\S+)', line)
-        if used:                            # the line about fewer bits comes before that of its step
+        if used:
             largest = max(largest, float(used[1]) * 2.0**(state_bits - 1 - bits))
-        if lowered:
-            bits = int(lowered[1])
+            bits = left
+        if lowered:                         # from the next step on: its own line comes after this one
+            left = int(lowered[1])
     loss = float(re.findall(r'val_loss (\S+)', output)[-1])
     with open(TABLE, 'a', newline='') as file:
         writer = csv.writer(file)

@@ -133,6 +133,10 @@ def check_undone(kick, unkick, a, state_bits=32):
     unkick(moved, fx, cut_off, step)
     assert torch.equal(moved, v)
 
+@every_scheme
+def test_states_of_64_bits_are_exact_too(scheme):
+    check_exact(dict(scheme, state_bits=64), torch.bfloat16, dropout=0.1, amplify=8)
+
 @pytest.mark.parametrize('scheme', [dict(scheme='standard', stored_layers=0), *SCHEMES], ids=str)
 def test_the_mlp_of_a_long_sequence_goes_tile_by_tile(scheme):
     """Tiles of at most 5 tokens. Gradients differ in rounding alone, and stored layers change no bit."""
@@ -402,6 +406,13 @@ def test_cached_tokens_are_those_of_a_full_recomputation(scheme, family):
         assert torch.equal(text, recomputed(model, prompt, T + 4, **how))
     assert counts[:T + 4] == [3, *[1] * (T - 3), *[T] * 6]
     assert len(text.unique()) > 5                                               # not one token forever
+
+def test_states_beyond_their_range_write_no_text():
+    model = build(amplify=8, **LEAPFROG).eval()
+    model.config.fractional_bits = 30
+    model.transformer.h[0].mlp.c_proj.weight.data.mul_(100)
+    with pytest.raises(ValueError, match='the logits are not finite'):
+        model.generate(batch()[0][:, :3], 2, temperature=0)
 
 def test_generate_draws_from_the_top_and_never_from_the_padding():
     model = build(amplify=4, **LEAPFROG).eval()

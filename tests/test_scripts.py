@@ -139,8 +139,7 @@ def test_states_that_grow_get_fewer_fractional_bits_and_resume_bit_for_bit(place
     bits = [load_checkpoint(str(place / out / 'last.pt'))['config']['fractional_bits']
             for out in ('growing_stopped', 'growing')]
     assert 30 > bits[0] > bits[1] > 20
-    flags = {name: value for name, value in GROWING.items() if name != 'fractional_bits'}
-    assert train(place, 'growing_stopped', learning_rate=0.1, init_from='resume', **flags) == one
+    assert train(place, 'growing_stopped', learning_rate=0.1, init_from='resume', **GROWING) == one
     assert_same_weights(place, 'growing', 'growing_stopped')
 
 def test_a_state_that_leaves_its_range_stops_before_the_weights_change_and_goes_on_with_fewer_bits(place):
@@ -152,13 +151,12 @@ def test_a_state_that_leaves_its_range_stops_before_the_weights_change_and_goes_
     assert checkpoint['step'] == int(step) > 0
     assert all(weight.isfinite().all() for weight in checkpoint['model'].values())
     flags['init_from'] = 'resume'
-    flags.pop('fractional_bits')
     assert complaint(place, 'train.py', **flags) == sentence
     name, bits = advice.removeprefix('--').split('=')
     run(place, 'train.py', **{**flags, name: bits})
     assert int(rows(place, 'full')[-1][0]) == 8
     run(place, 'train.py', **{**flags, 'max_iters': 9, 'lr_decay_iters': 8, 'state_bits': 64})
-    assert load_checkpoint(str(place / 'full' / 'last.pt'))['config']['fractional_bits'] == 32
+    assert load_checkpoint(str(place / 'full' / 'last.pt'))['config']['state_bits'] == 64
 
 def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     """As after a power cut: the log knows steps that last.pt does not."""
