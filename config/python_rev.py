@@ -15,6 +15,7 @@ h = 0.5                 # did better in this shape than the default, 0.25, in on
 n_layer = 4
 n_head = 4
 n_embd = 128
+rope_theta = 1e4        # rotary positions: after 600 steps a loss of 1.78 instead of 2.11, in one run each
 learning_rate = 4e-3
 min_lr = 1e-4
 max_iters = 1750
