@@ -73,7 +73,7 @@ with tempfile.TemporaryDirectory() as place:
     flags = {name: config[name] for name in SAME if name in config}
     cases = {'nanogpt': (['train.py'], theirs, dict(flags, dataset='ours', eval_iters=1))}
     for scheme in knobs.schemes.split(','):
-        ours = dict(scheme=scheme, eval_windows=1, out_dir=f'{place}/{scheme}')
+        ours = dict(scheme=scheme, rope_theta=None, eval_windows=1, out_dir=f'{place}/{scheme}')
         if scheme == 'standard':
             ours['h'] = None                # the config's h is for its own scheme
         cases[scheme] = [f'{ROOT}/train.py', os.path.abspath(knobs.config)], os.getcwd(), ours
