@@ -74,7 +74,7 @@ def make(key):
             bits = left
         if lowered:                         # from the next step on: its own line comes after this one
             left = int(lowered[1])
-    loss = float(re.findall(r'val_loss (\S+)', output)[-1])
+    loss = float(re.search(rf'step {steps}: val_loss (\S+)', output)[1])       # not of a run that was stopped
     with open(TABLE, 'a', newline='') as file:
         writer = csv.writer(file)
         if not file.tell():
@@ -120,19 +120,20 @@ def gradient_table():
     windows = torch.from_numpy(np.stack([data[i:i + 129] for i in range(0, 80000, 5000)]).astype(np.int64))
     x, y = windows[:, :-1], windows[:, 1:]
     for scheme, (h, lr) in BEST.items():
-        for layers, steps, seed in ((12, 1465, 2), (24, 732, 1)):
-            key = scheme, h and h * 12 / layers, lr, seed, layers, steps, 32
-            trained = build(os.path.join(folder_of(*key), 'last.pt'))[0]
-            torch.manual_seed(0)
-            for name, model in (('new', GPT(trained.config)), ('trained', trained)):
-                config = replace(model.config, stored_layers=0)
-                model.config = replace(config, state_bits=64, fractional_bits=40)
-                exact = gradients(model, x, y, torch.float32)
-                errors = [difference(gradients(model, x, y, torch.bfloat16), exact)]
-                for bits in (20, 18, 16, 14, 12):
-                    model.config = replace(config, state_bits=32, fractional_bits=bits)
-                    errors.append(difference(gradients(model, x, y, torch.float32), exact))
-                print(f'{scheme:<11}{layers:>3} layers, {name:<8}' + ''.join(f'{x:>9.1e}' for x in errors))
+        trained = build(os.path.join(folder_of(scheme, h, lr, 2, 12, 1465, 32), 'last.pt'))[0]
+        deep = replace(trained.config, n_layer=24, stored_layers=None, a=None, h=h and h / 2)
+        torch.manual_seed(0)
+        models = {'new, 12 layers': GPT(trained.config), 'new, 24 layers': GPT(deep),
+                  'trained, 12 layers': trained}
+        for name, model in models.items():
+            config = replace(model.config, stored_layers=0)
+            model.config = replace(config, state_bits=64, fractional_bits=40)
+            exact = gradients(model, x, y, torch.float32)
+            errors = [difference(gradients(model, x, y, torch.bfloat16), exact)]
+            for bits in (20, 18, 16, 14, 12):
+                model.config = replace(config, state_bits=32, fractional_bits=bits)
+                errors.append(difference(gradients(model, x, y, torch.float32), exact))
+            print(f'{scheme:<11}{name:<20}' + ''.join(f'{x:>9.1e}' for x in errors), flush=True)
 
 if '--table' in sys.argv:
     table()
