@@ -386,7 +386,7 @@ class GPT(nn.Module):
                 cache = None
             logits, _ = self(new, cache=cache)
             logits = logits[:, -1, :vocab_size].float()                     # (B, V)
-            if not logits.isfinite().all():
+            if not logits.isfinite().all().item():
                 raise ValueError('the logits are not finite: a weight is not, or a state has left its range')
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -24,7 +24,7 @@ plt.rcParams.update({
 COLORS = dict(standard='#000000', checkpointed='#808080', midpoint='#0072B2', leapfrog='#009E73',
               symplectic='#E69F00', midpoint_a='#CC79A7', midpoint_sum='#D55E00', bdia='#56B4E9')
 NAMES = {'checkpointed/sliced': 'checkpointed, in slices', 'checkpointed/bf16': 'checkpointed, bf16 stream',
-         'leapfrog': 'reversible'}
+         'checkpointed/host': 'checkpointed, kept on the host', 'leapfrog': 'reversible'}
 PAPER = {'standard': 6, 'midpoint': 58}     # the paper's largest batches of GPT-2 small in 24 GB
 
 def read(path):
@@ -70,7 +70,7 @@ def depth(rows, axes):
     first, *_, last = rows[0]['layers']
     others = [row[f'{last} layers'] for row in rows if row['case'] != 'standard']
     top = 1.05 * max(others) / 1e3          # standard leaves the picture
-    for row, line in zip(rows, ('-', '-', '--', ':', '-')):
+    for row, line in zip(rows, ('-', '-', '--', ':', '-.', '-'), strict=True):
         peaks = [row[f'{n} layers'] / 1e3 for n in row['layers']]
         axes.plot(row['layers'], peaks, line, color=color(row['case']), linewidth=2)
         end = last, peaks[-1]

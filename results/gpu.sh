@@ -15,7 +15,7 @@ ALL=standard,standard/half,checkpointed
 for scheme in midpoint leapfrog symplectic midpoint_a midpoint_sum; do
     ALL=$ALL,$scheme,$scheme/half,$scheme/all,$scheme/float,$scheme/dial
 done
-LEAN=standard,checkpointed,checkpointed/sliced,checkpointed/bf16,midpoint,leapfrog,symplectic
+LEAN=standard,checkpointed,checkpointed/sliced,checkpointed/bf16,checkpointed/host,midpoint,leapfrog,symplectic
 
 row drift_gpu results/drift.py --compile=True $SIZE --batch_size=4
 row throughput_gpu bench.py throughput $GPT2 --batch_size=12 --cases=$ALL
@@ -25,7 +25,7 @@ row batch_large_gpu bench.py batch $LARGE --cases=$LEAN --budget_gb=[24,40,80]
 row throughput_dial_36_gpu bench.py throughput $LARGE --batch_size=8 --cases=$CASES,leapfrog/dial
 row throughput_largest_gpt2-large_gpu bench.py throughput $LARGE --cases=$CASES --budget_gb=[24,80]
 row throughput_largest_96_gpu bench.py throughput $DEEP --cases=$CASES --budget_gb=[24,80]
-row length_gpu bench.py length $GPT2 --budget_gb=[24,80]
+row length_gpu bench.py length $GPT2 --budget_gb=[24,80] --cases=$LEAN,checkpointed/bf16/tiled
 row depth_gpu bench.py depth $GPT2 --layers=[2,4,8,12,24]
 row batch_whole_loss_gpu bench.py batch $GPT2 --cases=$LEAN --budget_gb=[24,40,48,80] --chunked_loss=False
 python assets/figures.py
