@@ -107,8 +107,9 @@ step = checkpoint.get('step', 0)
 best_val_loss = checkpoint.get('best_val_loss', math.inf)
 
 given = {name: getattr(knobs, name) for name in FREE + FIXED}           # the knobs of the model
-before = checkpoint.get('knobs', {})        # training may have lowered fractional_bits: a knob that was there
-states = {name: getattr(knobs, name) for name in STATES}                # before does not undo that
+# training may have lowered fractional_bits: a knob that the run had from its start does not undo that
+before = checkpoint.get('knobs', {})
+states = {name: getattr(knobs, name) for name in STATES}
 states = {name: x for name, x in states.items() if x not in (None, before.get(name))}
 if 'state_bits' in states:                  # without fractional_bits they have those of a new model
     states['fractional_bits'] = knobs.fractional_bits
