@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configurator import explain
-from pretrained import FIELDS, THEIRS, build, find, read_json, views
+from pretrained import FIELDS, THEIRS, build, find, read_json, tensors_of
 from runtime import save_checkpoint
 
 ARCHITECTURES = dict(gpt2=('transformer.', 'GPT2LMHeadModel'), llama=('model.', 'LlamaForCausalLM'))
@@ -70,7 +70,8 @@ def to_transformers(model, meta, source, target):
             if getattr(module, 'bias', 0) is None:              # theirs has biases everywhere
                 module.bias = torch.nn.Parameter(torch.zeros(len(module.weight)))
     own.update((theirs, getattr(config, ours)) for ours, theirs in zip(FIELDS, THEIRS[family].split()))
-    tensors = {prefix + name: view for name, view in views(model, family)}
+    tensors = {prefix + name: weight[rows].t() if turned else weight[rows]
+               for name, weight, rows, turned in tensors_of(model, family)}
     tensors = {name.replace(f'{prefix}lm_head', 'lm_head'): view for name, view in tensors.items()}
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target) or '.') as folder:
         part = Path(folder, 'part')             # renamed to target when it is complete

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from model import GPT
-from runtime import adamw, count_parameters, say
+from runtime import adamw, count_parameters, local, say
 
 class Count(TorchDispatchMode):
     """
@@ -44,9 +44,11 @@ class Count(TorchDispatchMode):
             products = 5 if 'backward' in str(op) else 2        # of (T, hs) and (T, T) matrices, or as large
             B, nh, T, hs = args[0].shape    # of q, or of the output's gradient: k and v may have fewer heads
             self.work += products * 2 * B * nh * T * T * hs
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.alive:
-                storage = x.untyped_storage()
+        for x in map(local, tree_leaves(result)):
+            if not isinstance(x, torch.Tensor) or x.device.type == 'meta':      # which takes no memory
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata not in self.alive:
                 self.alive[storage._cdata] = SimpleNamespace(size=storage.nbytes(), kind='activations')
                 self.events.append((1, self.alive[storage._cdata]))
                 weakref.finalize(storage, self.end, storage._cdata).atexit = False
@@ -100,6 +102,19 @@ def count_two_steps(build, B, T, dtype, fake=True, micro_batches=1):
             count.mark('step')
     return count
 
+def shard_curve(count, config, processes):
+    """
+    The curve of a Count, if the model were sharded (FSDP2): two blocks are gathered at a time, and the other
+    weights and their gradients are whole. Checked against real counts: results/processes.md.
+    """
+    with torch.device('meta'):              # takes no memory
+        model = GPT(config)
+    blocks = 4 * count_parameters(model.transformer.h)
+    others = 4 * count_parameters(model) - blocks
+    split = 3 * (blocks + others)           # the weights, and AdamW's two moments
+    split = split + (count.curve('gradients') - others).clip(0)
+    return count.curve() - (1 - 1 / processes) * split + others + 2 * blocks / config.n_layer
+
 def most_stored_layers(config, knobs, here):
     """How many layers can be stored at most, if a process may use memory_gb. Its steps are counted."""
     if knobs.memory_gb is None and here.kind != 'cuda':
@@ -115,7 +130,8 @@ def most_stored_layers(config, knobs, here):
     def needs(layers, B=knobs.batch_size):
         build = partial(GPT, replace(config, stored_layers=layers, dropout=dropout))
         count = count_two_steps(build, B, knobs.block_size, here.dtype, micro_batches=micro_batches)
-        return count.curve().max() / 1e9
+        curve = shard_curve(count, config, here.mesh.size()) if here.mesh else count.curve()
+        return curve.max() / 1e9
 
     if needs(0) > room:
         B = bisect_right(range(1, knobs.batch_size), room, key=lambda B: needs(0, B))
@@ -131,6 +147,8 @@ def fitting(config, here):
     """ValueError if a CPU lacks the memory for such a model. A GPU says so itself."""
     with torch.device('meta'):              # takes no memory
         needed = 16 * count_parameters(GPT(config)) / 1e9
+    if here.mesh:
+        needed /= here.mesh.size()
     if here.kind == 'cpu' and hasattr(os, 'sysconf'):
         there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
         if needed > there:

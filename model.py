@@ -137,6 +137,8 @@ class GPTConfig:
         for chosen, h in zip(self.per_layer('a'), self.per_layer('h')):
             a, c = SCHEMES[self.scheme](chosen, h)
             n, denominator = float(a).as_integer_ratio() if self.exact else (a, 1)
+            if self.exact and a and not result:
+                n, denominator = 1, 1                           # v is 0, so a does not matter: no bits
             inverse = 0                                         # of standard, which is never undone
             if a:
                 inverse = integer_inverse(-n, state) if self.exact else -1 / a
@@ -243,7 +245,7 @@ class Block(nn.Module):
             return tape.step(handle, self.feedforward, mlp, coefficients, store_graph, by_token=True)
         if self.scheme == 'midpoint_sum' and below:
             return tape.step(handle, both, (below, self), coefficients, store_graph)
-        return tape.step(handle, self, (self,), coefficients, store_graph)
+        return tape.step(handle, self.forward, (self,), coefficients, store_graph)
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -268,12 +270,17 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        for name, weight in self.named_parameters():                        # GPT-2's initialisation
-            deep = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
-            if name.endswith('bias'):
-                nn.init.zeros_(weight)
-            elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02 / deep)
+        for name, weight in self.named_parameters():
+            self.initialize(name, weight)
+
+    def initialize(self, name, weight):
+        """GPT-2's initialisation of the weight of this name, in place."""
+        if name.endswith('bias'):
+            return nn.init.zeros_(weight)
+        if weight.dim() == 1:                                               # of a norm
+            return nn.init.ones_(weight)
+        deep = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
+        return nn.init.normal_(weight, std=0.02 / deep)
 
     def forward(self, idx, targets=None, criterion=None, cache=None):
         """idx (B, T) -> (logits (B, 1, V) of the last position, None), or with targets (None, mean loss)."""
@@ -308,10 +315,11 @@ class GPT(nn.Module):
         first_stored = self.config.n_layer - self.config.stored_layers
         if self.config.scheme == 'standard':
             for j, block in enumerate(blocks):
+                inside = x.view_as(x)           # gradients in the block add up first, as under FSDP2
                 if j >= first_stored or not with_grad:
-                    x = x + block(x, cache)
+                    x = x + block(inside, cache)
                 else:               # keeps x alone; the backward pass evaluates the block again
-                    x = x + checkpoint(block, x, cache, use_reentrant=False)
+                    x = x + checkpoint(block, inside, cache, use_reentrant=False)
             return x
 
         # p, v and their gradients are on the tape. Autograd sees a chain of handles: x, and then dummy zeros
@@ -482,6 +490,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, ours, *inputs):
         ctx.ours = ours
+        ctx.mark_dirty(value)       # it is returned itself, not a view of it
         ctx.save_for_backward(*(x for x in inputs if x.is_leaf and x.requires_grad))    # weights, not copied
         return value
 
@@ -568,7 +577,8 @@ class Tape:
                 g_p.add_(g_x)                                               # g_p = g_p + c * J^T g_v
                 multiply(g_v, -a)                                           # g_v = -a * g_v
                 pairs = zip(g_weights, g_w)
-                g_weights = [more if g is None else g + more for g, more in pairs]      # of all slices
+                g_weights = [more if g is None else g.add_(more) for g, more in pairs]  # of all slices
+                del g_w
             if self.dropout:
                 self.rng.set_rng_state(rng_state_now)
             if depth == 1:                                                  # at the bottom

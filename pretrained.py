@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment        # torch brings i
 
 from data.download import download, gpt2_encoding
 from model import GPT, GPTConfig
-from runtime import load_checkpoint, say
+from runtime import fill, load_checkpoint, say, shard
 
 def find(name, *files, needed=True):
     """The path of the first of these files that a model has, here or on the hub; None if it has none."""
@@ -101,8 +101,8 @@ THEIRS = dict(                                  # names of these fields in confi
 OPENAI = dict(encoding='gpt2', vocab_size=50257)        # the meta of their tokens
 GELU = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
 
-def views(model, family):
-    """Yields (name of a tensor of theirs, the part of a weight of ours that it fills, turned as theirs)."""
+def tensors_of(model, family):
+    """Yields (name of a tensor of theirs, our weight that has it, the rows there, whether it is turned)."""
     attn = model.transformer.h[0].attn
     rows = dict(c_attn=[n * attn.hs for n in attn.heads], c_fc=[model.config.n_inner] * 2)
     for name, weight in model.named_parameters():
@@ -111,11 +111,13 @@ def views(model, family):
             for ours, theirs in LLAMA.items():
                 name = name.replace(ours, theirs)
             part = name.split('.')[-2]
-            for source, view in zip(STACKED.get(part, [part]), weight.split(rows.get(part, len(weight)))):
-                yield name.replace(part, source), view
+            first = 0
+            for source, n in zip(STACKED.get(part, [part]), rows.get(part, [len(weight)])):
+                yield name.replace(part, source), weight, slice(first, first + n), False
+                first += n
         else:                                   # OpenAI's matrices are (in, out)
             turned = family == 'gpt2' and name.startswith('h.') and weight.dim() == 2
-            yield name, weight.t() if turned else weight
+            yield name, weight, slice(0, len(weight)), turned
 
 def read_config(name):
     """(family, fields of GPTConfig) of a model's config.json. ValueError for what model.py cannot compute."""
@@ -151,23 +153,35 @@ def load(name):
         meta = checkpoint['meta']
     return config, ('nanogpt', checkpoint['model']), meta
 
-def build(name, **overrides):
+def empty(config, here=None):
+    """A GPT whose weights are not set yet, on the device; with --shard, this process's part of it."""
+    with torch.device('meta'):                  # no memory yet, and no random weights
+        model = GPT(config)
+    if here and here.mesh:
+        shard(model, here)
+    else:
+        model.to_empty(device=here.device if here else 'cpu')
+    if model.config.tied:                       # there are two of them now
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+def build(name, here=None, **overrides):
     """(model, how its text became tokens) of what load() takes, with fields of GPTConfig to change."""
     config, (family, tensors), meta = load(name)
-    with torch.device('meta'):                  # no memory yet, and no random weights
-        model = GPT(GPTConfig(**{**config, **overrides}))
-    model.to_empty(device='cpu')
+    model = empty(GPTConfig(**{**config, **overrides}), here)
     tensors = {PREFIX.sub('', key): tensor for key, tensor in tensors.items() if not key.endswith(BUFFERS)}
     if model.config.tied:
-        model.lm_head.weight = model.transformer.wte.weight
         tensors.pop('lm_head.weight', None)
-    for source, view in views(model, family):
+    for source, weight, rows, turned in tensors_of(model, family):
         part = tensors.pop(source, torch.empty(0))      # in memory are the model, and one of these at a time
+        part = part.t() if turned and part.dim() == 2 else part
         if source == 'wpe.weight':
-            part = part[:len(view)]
-        if part.shape != view.shape:
-            raise ValueError(f'{name} has no tensor {source} of shape {tuple(view.shape)}: use another model')
-        view.data.copy_(part)
+            part = part[rows]
+        shape = rows.stop - rows.start, *weight.shape[1:]
+        if part.shape != shape:
+            shape = shape[::-1] if turned else shape
+            raise ValueError(f'{name} has no tensor {source} of shape {shape}: use another model')
+        fill(weight, part, rows.start)
     if tensors:
         raise ValueError(f'{name} has a tensor {min(tensors)}, but its config has not: use another model')
     return model, meta

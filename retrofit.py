@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from configurator import configure
 from memory import peak_memory
-from model import GPT, cross_entropy, head
-from pretrained import build, fit_range, reversible, same_tokens
-from runtime import (adamw, agree, catch_signals, cosine, distributed, leave, load_run, make_room,
+from model import cross_entropy, head
+from pretrained import build, empty, fit_range, reversible, same_tokens
+from runtime import (adamw, agree, catch_signals, clip, cosine, distributed, leave, load_run, make_room,
                      micro_batches, open_data, open_log, pace, resumed, save_run, say, seed_step, start,
-                     training_batches, validation_loss, windows)
+                     training_batches, validation_loss, whole, windows)
 
 @dataclass
 class Knobs:
@@ -59,7 +59,6 @@ class Knobs:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
-    zero: bool = False                      # shard AdamW's moments: 8 / N instead of 8 bytes per weight
     # evaluation and machine, as in train.py
     eval_interval: int = 500
     eval_windows: int = 400
@@ -68,8 +67,9 @@ class Knobs:
     device: str = 'auto'
     dtype: str = 'auto'
     compile: bool = False
+    shard: bool = False                     # both models: FSDP2
 
-FREE = ('out_dir init_from zero eval_interval eval_windows log_interval stored_layers fractional_bits '
+FREE = ('out_dir init_from shard eval_interval eval_windows log_interval stored_layers fractional_bits '
         'device compile').split()
 RESUMED_ALIKE = [name for name in Knobs.__dataclass_fields__ if name not in FREE]
 
@@ -144,7 +144,7 @@ def assign(table, budget):
 
 def distillation(t, data_weight):
     """For GPT.loss(): t^2 KL(teacher, student) at temperature t (arXiv 1503.02531), and cross entropy."""
-    teacher_head = head(teacher.lm_head.weight)
+    teacher_head = head(whole(teacher.lm_head.weight))
 
     def criterion(logits, targets, hidden):                 # (N, V), (N), (N, C) of teacher.hidden(): a chunk
         wanted = F.log_softmax(F.linear(hidden, teacher_head).to(logits.dtype) / t, dim=-1)
@@ -166,17 +166,18 @@ if knobs.init_from not in ('teacher', 'resume'):
     raise ValueError(f"init_from = '{knobs.init_from}': choose teacher or resume")
 if knobs.conversion == 'midpoint_a' and not knobs.spread and knobs.bits not in CHOICES:
     raise ValueError(f'bits = {knobs.bits} cannot be the same in all layers: give 0, 1, 2, 4 or 8')
-teacher, its_meta = build(knobs.teacher, dropout=0.0)
+teacher, its_meta = build(knobs.teacher, here, dropout=0.0)
 same_tokens(knobs.teacher, its_meta, f'data/{knobs.dataset}', meta)
 if teacher.config.scheme != 'standard':
     raise ValueError(f'{knobs.teacher} is of scheme {teacher.config.scheme}: the teacher must be standard')
 if teacher.config.block_size < knobs.block_size:
     raise ValueError(f'block_size = {knobs.block_size}: the teacher sees {teacher.config.block_size} tokens')
-teacher.to(here.device).requires_grad_(False)
+teacher.requires_grad_(False)
 table = None                                # not measured yet
-student = GPT(converted(a_at(0))).to(here.device)
-student.load_state_dict(teacher.state_dict())
-optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2), knobs.zero)
+student = empty(converted(a_at(0)), here)
+for weight, its in zip(student.parameters(), teacher.parameters()):
+    weight.data.copy_(its)
+optimizer = adamw(student, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 last = f'{knobs.out_dir}/last.pt'
 checkpoint = resumed(last, knobs, meta, RESUMED_ALIKE)
 step = checkpoint.get('step', 0)
@@ -232,7 +233,7 @@ while step < knobs.max_iters:
         here.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     here.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.grad_clip or float('inf'))
+    norm = clip(student, knobs.grad_clip, here)
     loss, norm, stop, used = agree(step, loss, norm, student.mismatches, student.largest, here)
     if stop or used > 0.999:                # this step is not taken
         save()

@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from data.download import crc32, crc32_of_fields, fcntl, publish
 
@@ -54,10 +56,14 @@ def start(knobs):
         if knobs.dtype == 'auto':                       # GPUs before Ampere compute in float16 only
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     say(f'device {kind} ({knobs.device}), dtype {dtype} ({knobs.dtype})')
+    shard = vars(knobs).get('shard', False)
+    if shard and world == 1:
+        raise ValueError('--shard=True needs several processes: start the script with torchrun')
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
         torch._dynamo.config.optimize_ddp = False       # it would split compiled blocks, and gain nothing
-    return SimpleNamespace(kind=kind, device=torch.device(kind), dtype=dtype, skipped=0,
+    mesh = dist.init_device_mesh(kind, (world,)) if shard else None
+    return SimpleNamespace(kind=kind, device=torch.device(kind), dtype=dtype, skipped=0, mesh=mesh,
                            autocast=torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32'),
                            scaler=torch.amp.GradScaler(kind, enabled=dtype == 'float16'))
 
@@ -126,40 +132,114 @@ def validation_loss(model, data, knobs, here, loss=None):
     """The mean of the model's loss, or of another, over windows spread evenly over the data."""
     model.eval()
     places = len(data) - knobs.block_size
-    starts = np.linspace(0, places - 1, min(knobs.eval_windows, places)).astype(int)[rank::world]
+    starts = np.linspace(0, places - 1, min(knobs.eval_windows, places)).astype(int)
     total = 0.0
-    for i in range(0, len(starts), knobs.batch_size):
-        x, y = windows(data, starts[i:i + knobs.batch_size], knobs.block_size, here.device)
+    for i in range(0, math.ceil(len(starts) / world), knobs.batch_size):        # as often in all processes
+        ours = starts[rank::world][i:i + knobs.batch_size]
+        x, y = windows(data, ours if len(ours) else starts[:1], knobs.block_size, here.device)
         with here.autocast:
             mean = loss(x, y) if loss else model(x, y)[1]
-        total += mean.item() * len(x)
+        total += mean.item() * len(ours)
     model.train()
-    total, count = all_reduce(total, len(starts))
+    [total] = all_reduce(total)
     if not math.isfinite(total):
         raise ValueError(f'the validation loss is {total}: try a lower --learning_rate, --dtype=float32, '
                          'or fewer --fractional_bits')
-    return total / count
+    return total / len(starts)
 
 def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 def distributed(model, here):
     """The model, or what also adds up the gradients of all processes."""
-    if world == 1:
+    if world == 1 or here.mesh:             # FSDP2 does that itself
         return model
     gpus = [local_rank] if here.kind == 'cuda' else None
     return DistributedDataParallel(model, gpus, gradient_as_bucket_view=True)       # no copy of all gradients
 
-def adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95), zero=False):
-    """AdamW with weight decay for matrices only. With zero, each process keeps the moments of its share."""
+def adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95)):
+    """AdamW with weight decay for matrices only."""
     weights = [w for w in model.parameters() if w.requires_grad]
     groups = [dict(params=[w for w in weights if w.dim() >= 2], weight_decay=weight_decay),
               dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0)]
-    how = dict(lr=learning_rate, betas=betas, fused=weights[0].device.type == 'cuda')
-    if zero and world > 1:                  # ZeRO stage 1, arXiv 1910.02054; its import takes a second
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **how)
-    return torch.optim.AdamW(groups, **how)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=weights[0].device.type == 'cuda')
+
+@torch.no_grad()
+def clip(model, most, here):
+    """Scales the gradient so that its norm is at most this, unless it is 0. Returns the norm from before."""
+    grads = [local(w.grad) for w in model.parameters() if w.grad is not None]
+    dtype = torch.float32 if here.kind == 'mps' else torch.float64      # where a sum's order does not show
+    square = sum(torch.linalg.vector_norm(g, dtype=dtype)**2 for g in grads)
+    if here.mesh:
+        dist.all_reduce(square)
+    norm = square.sqrt().float()
+    if most:
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(factor)
+    return norm
+
+# -----------------------------------------------------------------------------
+# FSDP2: each process keeps some rows of every weight, of its gradient and of its moments
+
+def shard(model, here):
+    """
+    Gives each process 1 / N of the rows of every weight (torch's fully_shard, arXiv 2304.11277). Those of a
+    block are gathered around its step. Under bfloat16 autocast matrices travel in that format, which they get
+    anyway.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method    # takes a second
+    if model.config.scheme == 'midpoint_sum':
+        raise ValueError('a step of midpoint_sum needs two blocks at once: leave --shard out')
+    if world > model.config.n_embd:
+        raise ValueError(f'{world} processes cannot share {model.config.n_embd} rows: start fewer')
+    for block in model.transformer.h:
+        fully_shard(block, mesh=here.mesh)
+        register_fsdp_forward_method(block, 'step')
+    # else its parameters would be the gathered ones after a validation, and an optimizer would train those
+    fully_shard(model, mesh=here.mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, 'hidden')
+    model.to_empty(device=here.device)
+    if here.dtype == 'bfloat16':
+        for weight in model.transformer.h.parameters():
+            if weight.dim() == 2:
+                halve_traffic(weight)
+
+def halve_traffic(weight):
+    """Lets a weight travel as bfloat16: FSDP2 calls these two methods of a shard, if it has them."""
+    part = local(weight)
+
+    def fsdp_pre_all_gather(mesh):
+        missing = math.ceil(len(weight) / world) - len(part)        # all processes must send as many rows
+        return [F.pad(part, (0, 0, 0, missing)).bfloat16()], None
+
+    def fsdp_post_all_gather(outputs, metadata, dtype, *, out=None):
+        if out is None:                     # the first time
+            whole = outputs[0].to(dtype)
+            return whole, [whole]
+        out.data.copy_(outputs[0][:len(out)])           # .data: autograd shall not take it for a change
+
+    part.fsdp_pre_all_gather = fsdp_pre_all_gather
+    part.fsdp_post_all_gather = fsdp_post_all_gather
+
+def local(x):
+    """The rows of a tensor that this process has: all, if it is not sharded."""
+    return x.to_local() if hasattr(x, 'to_local') else x
+
+@torch.no_grad()
+def fill(weight, rows, first=0):
+    """Sets these rows of a weight, from the first on, as far as this process has them. Returns the weight."""
+    ours = local(weight)
+    begin = 0 if ours is weight else rank * math.ceil(len(weight) / world)
+    least = max(first, begin)
+    most = min(first + len(rows), begin + len(ours))
+    if least < most:
+        ours[least - begin:most - begin] = rows[least - first:most - first]
+    return weight
+
+def whole(x):
+    """All rows of a tensor: gathered, if it is sharded."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
 
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""
@@ -267,21 +347,47 @@ def resumed(last, knobs, meta, names):
         raise ValueError(f'the machines have {last} of different steps: copy that of the first to the others')
     return checkpoint
 
+def free_memory():
+    """Bytes that the main memory of this machine still has."""
+    with suppress(OSError):                 # only Linux says so
+        return 1024 * int(re.search(r'MemAvailable: *(\d+)', Path('/proc/meminfo').read_text())[1])
+    return math.inf
+
+def room_to_save(model, here):
+    """ValueError if the first process cannot hold the weights and moments of a sharded model."""
+    needed = 12 * count_parameters(model)
+    free = free_memory()
+    short = main and here.mesh is not None and needed > free
+    if all_reduce(short)[0]:
+        raise ValueError(f'a checkpoint takes {needed / 1e9:.3g} GB of main memory in the first process, and '
+                         f'{free / 1e9:.3g} GB are left there: make room; what was saved is unchanged')
+
 def save_run(paths, model, optimizer, here, knobs, **more):
     """Writes a checkpoint from which any number of processes can resume."""
-    if hasattr(optimizer, 'consolidate_state_dict'):    # sharded: all moments go to the first process
-        optimizer.consolidate_state_dict()
+    room_to_save(model, here)
+    def keep(x):                            # the first process collects shards in its main memory
+        if not here.mesh or not isinstance(x, torch.Tensor):
+            return x
+        x = whole(x)
+        return x.cpu() if main else None
+
+    tensors = {weight: keep(weight.detach()) for weight in model.parameters()}          # tied ones once
+    weights = {name: tensors[weight] for name, weight in model.named_parameters(remove_duplicate=False)}
+    states = tree_map(keep, optimizer.state_dict())
     if main:
-        save_checkpoint(paths, dict(
-            model=model.state_dict(), config=vars(model.config), optimizer=optimizer.state_dict(),
-            scaler=here.scaler.state_dict(), knobs=vars(knobs), **more))
+        save_checkpoint(paths, dict(model=weights, config=vars(model.config), optimizer=states,
+                                    scaler=here.scaler.state_dict(), knobs=vars(knobs), **more))
 
 def load_run(checkpoint, model, optimizer, here):
     """What save_run() saved, but for the optimizer's knobs: they are those of now."""
-    model.load_state_dict(checkpoint['model'])
-    for its, ours in zip(checkpoint['optimizer']['param_groups'], optimizer.param_groups):
-        its.update({name: ours[name] for name in ours if name != 'params'})
-    optimizer.load_state_dict(checkpoint['optimizer'])
+    for name, weight in model.named_parameters():
+        fill(weight, checkpoint['model'][name])
+    states = optimizer.state_dict()         # with the knobs, and the weights in this order
+    weights = [weight for group in optimizer.param_groups for weight in group['params']]
+    for i, moments in checkpoint['optimizer']['state'].items():
+        states['state'][i] = {name: fill(torch.zeros_like(weights[i]), x) if x.dim() else x
+                              for name, x in moments.items()}
+    optimizer.load_state_dict(states)
     if checkpoint['scaler']:                # empty, unless the run was in float16
         here.scaler.load_state_dict(checkpoint['scaler'])
 

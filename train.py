@@ -21,10 +21,10 @@ import torch
 from configurator import configure
 from memory import fitting, most_stored_layers, peak_memory
 from model import GPT, GPTConfig
-from pretrained import build, chosen, fit_range, same_tokens
-from runtime import (adamw, agree, catch_signals, cosine, count_parameters, distributed, leave, load_run,
-                     make_room, micro_batches, open_data, open_log, pace, resumed, save_run, say, seed_step,
-                     start, training_batches, validation_loss, windows, world)
+from pretrained import build, chosen, empty, fit_range, same_tokens
+from runtime import (adamw, agree, catch_signals, clip, cosine, count_parameters, distributed, fill, leave,
+                     load_run, make_room, micro_batches, open_data, open_log, pace, resumed, save_run, say,
+                     seed_step, start, training_batches, validation_loss, windows, world)
 
 @dataclass
 class Knobs:
@@ -74,7 +74,6 @@ class Knobs:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the largest norm of the gradient; 0: no limit
-    zero: bool = False                      # shard AdamW's moments: 8 / N instead of 8 bytes per weight
     # evaluation: always the same windows of the validation data, spread evenly over it
     eval_interval: int = 2000
     eval_windows: int = 2400                # sequences of block_size
@@ -83,6 +82,7 @@ class Knobs:
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'
     dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'
     compile: bool = False                   # torch.compile of the blocks: worth its minute on a GPU
+    shard: bool = False                     # split weights, gradients and moments over the processes (FSDP2)
 
 FREE = 'dropout exact verify slice_tokens stored_layers'.split()        # these may change from run to run
 STATES = 'state_bits', 'fractional_bits'                                # and these, if they are given
@@ -135,21 +135,22 @@ config = replace(config, **{name: given[name] for name in FREE}, **states)
 fitting(config, here)
 theirs = not checkpoint and knobs.init_from != 'scratch'                # the weights come from another run
 if theirs:
-    model, its_meta = build(knobs.init_from, **vars(config))
+    model, its_meta = build(knobs.init_from, here, **vars(config))
     same_tokens(knobs.init_from, its_meta, f'data/{knobs.dataset}', meta)
 else:
-    model = GPT(config)
+    model = empty(config, here)
+    for name, weight in model.named_parameters():       # every process draws all, and keeps its part
+        fill(weight, model.initialize(name, torch.empty(weight.shape)))
 config = model.config                       # with the a that was drawn
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
                      f"needed are {meta['vocab_size']} and {knobs.block_size}")
 if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
-model.to(here.device)
 if theirs and config.scheme != 'standard' and config.exact and knobs.fractional_bits is None:
     fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0])
     config = model.config
-optimizer = adamw(model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2), knobs.zero)
+optimizer = adamw(model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 if checkpoint:
     load_run(checkpoint, model, optimizer, here)
 if knobs.compile:
@@ -197,7 +198,7 @@ while step < knobs.max_iters:
         loss += micro_loss.detach()
         x, y = next(batches)                # while a GPU is still at work
     here.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+    norm = clip(model, knobs.grad_clip, here)
     # the only wait for the GPU. It raises an error if states were rebuilt wrong; stop: a process was told to
     loss, norm, stop, used = agree(step, loss, norm, model.mismatches, model.largest, here)
     if stop or used > 0.999:                # this step is not taken: the weights are those of the last one

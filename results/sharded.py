@@ -1,74 +1,199 @@
 """
-How much memory weights, gradients and moments take in each of N processes, with --zero=True and without,
-counted at true sizes.
+What --shard=True (FSDP2) saves and costs. Alone it counts the memory of each of N processes at true sizes, on
+fake tensors and among processes that do not exist (torch's "fake" process group):
 
     python results/sharded.py --json=results/sharded.json
 
-Two steps of the optimizer on fake tensors, among N processes that do not exist (torch's "fake" process
-group). A weight is never cut, so shares differ: the largest is what a card must hold.
+Under torchrun it measures steps: bytes that a process sends, and time, beside DistributedDataParallel. The
+bytes are those of the loopback device, so nothing else may use it:
+
+    export OMP_NUM_THREADS=1
+    torchrun --standalone --nproc_per_node=2 results/sharded.py --json=results/sharded_step.json
 """
 import os
+import statistics
 import sys
+import time
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import runtime
 from configurator import configure
-from memory import Count
+from memory import Count, count_two_steps, shard_curve
 from model import GPT, GPTConfig
-from results.table import open_table, provenance
-from runtime import adamw, count_parameters, start
+from pretrained import empty
+from results.rivals import checkpoint_in_slices
+from results.table import open_table, provenance, spread
+from runtime import adamw, clip, count_parameters, distributed, fill, leave, local, start, world
 
-LLAMA = dict(bias=False, norm='rmsnorm', mlp='swiglu')
+LLAMA = dict(bias=False, norm='rmsnorm', mlp='swiglu', block_size=2048, scheme='midpoint_a', a=-1 / 16)
 SHAPES = {
-    'GPT-2 XL': dict(n_layer=48, n_head=25, n_embd=1600, vocab_size=50257),
+    'GPT-2 XL': dict(n_layer=48, n_head=25, n_embd=1600, vocab_size=50304),
     'TinyLlama 1.1B': dict(LLAMA, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632,
                            vocab_size=32000, rope_theta=1e4, tied=False),
     'SmolLM2-1.7B': dict(LLAMA, n_layer=24, n_head=32, n_embd=2048, n_inner=8192, vocab_size=49152,
                          rope_theta=1.3e5),
+    'Llama-2 7B': dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, n_inner=11008, vocab_size=32000,
+                       rope_theta=1e4, tied=False),
 }
+PROCESSES = 1, 2, 4, 8
+BUDGETS = 24, 80
 
 @dataclass
 class Knobs:
     json: str | None = None                 # a file for the rows
     device: str = 'cpu'
-    dtype: str = 'float32'
+    dtype: str = 'bfloat16'
+    repeats: int = 15                       # timed turns
+    n_layer: int = 12                       # of the measured model
+    n_embd: int = 256
+    batch_size: int = 8                     # sequences of 256 tokens in each process
 
-def bytes_of(shape, rank, processes):
-    """(bytes by kind when the optimizer has made two steps, parameters) in one of the processes."""
-    zero = processes > 1
-    runtime.world = processes               # for adamw()
+# -----------------------------------------------------------------------------
+# counted
+
+def sharded_steps(shape, processes, B, T, rank=0):
+    """The Count of two steps of AdamW in one of N processes."""
+    def resizing(resize, x):
+        """FSDP2 frees and allocates storages in place, which no operation shows."""
+        storage = x.untyped_storage()
+        before = storage.nbytes()
+        resize(x)
+        if storage.nbytes() != before and storage._cdata in count.alive:
+            old = count.alive[storage._cdata]
+            new = SimpleNamespace(size=storage.nbytes(), kind=old.kind)
+            count.events += (-1, old), (1, new)
+            count.alive[storage._cdata] = new
+
+    runtime.world = processes
+    runtime.rank = rank
     dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=processes)
-    with FakeTensorMode(), Count() as count:
-        model = GPT(GPTConfig(**shape))
-        weights = list(model.parameters())
-        count.mark('weights', weights)
-        optimizer = adamw(model, zero=zero)
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        count.mark('gradients', [weight.grad for weight in weights])
+    here = SimpleNamespace(kind='cpu', device=torch.device('cpu'), dtype='bfloat16',
+                           mesh=dist.init_device_mesh('cpu', (processes,)))
+    with patch.object(_fsdp_param, 'alloc_storage', partial(resizing, _fsdp_param.alloc_storage)), \
+            patch.object(_fsdp_param, 'free_storage', partial(resizing, _fsdp_param.free_storage)), \
+            FakeTensorMode(), Count() as count:
+        model = empty(GPTConfig(**shape), here)
+        optimizer = adamw(model)
+        idx = torch.zeros(B, T, dtype=torch.long)
         for _ in range(2):
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = model(idx, idx)[1]
+            loss.backward()
+            loss = None
+            count.mark('rest')
             optimizer.step()
-        own = optimizer.optim if zero else optimizer            # what is in this process
-        count.mark('optimizer', (x for state in own.state.values() for x in state.values()))
-        kinds = count.at(-1)
+            optimizer.zero_grad()
     dist.destroy_process_group()
     runtime.world = 1
-    return kinds, count_parameters(model)
+    runtime.rank = 0
+    return count
+
+SLICE = 2048                                # tokens, for the batches: one sequence of Llama
+
+def plain_steps(shape, stream, B, T):
+    """The Count of two steps in one process: ours, or checkpointing with a residual stream in bfloat16."""
+    def build():
+        if not stream:
+            return GPT(GPTConfig(**shape, slice_tokens=SLICE))
+        config = GPTConfig(**dict(shape, scheme='standard', a=None, stored_layers=0, slice_tokens=10**9))
+        model = GPT(config)
+        model.integrate = partial(checkpoint_in_slices, model, SLICE, torch.bfloat16, False)
+        return model
+    return count_two_steps(build, B, T, 'bfloat16')
+
+def largest_batches(shape, stream, processes):
+    """How many sequences fit into each budget, per process: bytes are linear in them, phase by phase."""
+    few = 4 * max(1, SLICE // shape['block_size'])
+    counts = [plain_steps(shape, stream, B, shape['block_size']) for B in (few, 2 * few)]
+    curves = [shard_curve(count, GPTConfig(**shape), processes) for count in counts]
+    one, two = (np.maximum.reduceat(curve, [0, *(time for _, time in count.marks)])
+                for curve, count in zip(curves, counts))
+    fixed = 2 * one - two
+    each = (two - one) / few
+    growing = each > 0
+    return [max(0, int(((1e9 * budget - fixed)[growing] // each[growing]).min())) for budget in BUDGETS]
+
+def count():
+    for name, shape in SHAPES.items():
+        with torch.device('meta'):
+            model = GPT(GPTConfig(**shape))
+        parameters = count_parameters(model)
+        others = count_parameters(model.transformer.h[1:])      # blocks that are not gathered with the first
+        for processes in PROCESSES:
+            if processes == 1:
+                row(name, processes=1, parameters=parameters, **{'GB at rest': 16 * parameters / 1e9})
+                continue
+            count = sharded_steps(shape, processes, 1, 8)       # of the first process, which has most rows
+            rest = count.curve()[count.marks[-1][1]]
+            row(name, processes=processes, parameters=parameters, **{
+                'GB at rest': rest / 1e9, 'GB with a block': (rest + 4 * (parameters - others)) / 1e9,
+                'GB at the peak': count.curve().max() / 1e9})
+    shape = SHAPES['Llama-2 7B']
+    for case, stream in (('midpoint_a, 4 bits', False), ('checkpointed/bf16', True)):
+        found = largest_batches(shape, stream, 8)
+        row(case, processes=8, **{f'sequences in {budget} GB': n for budget, n in zip(BUDGETS, found)})
+
+# -----------------------------------------------------------------------------
+# measured
+
+def sent():
+    """Bytes that all processes of this machine have sent one another so far."""
+    with open('/proc/net/dev') as file:
+        return next(int(line.split()[9]) for line in file if line.strip().startswith('lo:'))
+
+def measure(here):
+    """Steps of DDP, and sharded, with weights that travel in float32 and in bfloat16; they take turns."""
+    config = GPTConfig(n_layer=knobs.n_layer, n_embd=knobs.n_embd, n_head=4, vocab_size=256, block_size=256)
+    runs = {}
+    for name, shard, dtype in (('DDP', False, 'float32'), ('shard', True, 'float32'),
+                               ('shard, bfloat16', True, 'bfloat16')):
+        its = SimpleNamespace(**{**vars(here), 'dtype': dtype, 'mesh': here.mesh if shard else None})
+        torch.manual_seed(0)
+        model = empty(config, its)
+        for key, weight in model.named_parameters():
+            fill(weight, model.initialize(key, torch.empty(weight.shape)))
+        runs[name] = model, distributed(model, its), adamw(model), its
+    traffic = {name: [] for name in runs}
+    seconds = {name: [] for name in runs}
+    x = torch.randint(256, (knobs.batch_size, 256))
+    for turn in range(1 + knobs.repeats):
+        for name, (model, parallel, optimizer, its) in list(runs.items())[::1 if turn % 2 else -1]:
+            dist.barrier()
+            before = sent()
+            began = time.perf_counter()
+            with here.autocast:
+                loss = parallel(x, x)[1]
+            loss.backward()
+            clip(model, 1.0, its)
+            optimizer.step()
+            optimizer.zero_grad()
+            dist.barrier()
+            if turn:                        # the first one also compares shapes, and so on
+                seconds[name].append(time.perf_counter() - began)
+                traffic[name].append((sent() - before) / world)
+    for name, (model, *_) in runs.items():
+        ratios = [x / y for x, y in zip(seconds[name], seconds['DDP'])]
+        row(name, parameters=count_parameters(model),
+            **{'bytes sent per weight': statistics.median(traffic[name]) / count_parameters(model)},
+            **spread(['time to DDP', 'lower quartile', 'upper quartile'], ratios, 0.25))
 
 if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
-    row = open_table(knobs.json, provenance(start(knobs), knobs))
-    for name, shape in SHAPES.items():
-        for processes in (1, 2, 4, 8):
-            shares = [bytes_of(shape, rank, processes) for rank in range(processes)]
-            kinds, parameters = max(shares, key=lambda share: share[0]['optimizer'])
-            total = sum(kinds.values())
-            each = {f'{kind} GB': kinds[kind] / 1e9 for kind in ('weights', 'gradients', 'optimizer')}
-            row(name, processes=processes, parameters=parameters, **each,
-                **{'GB': total / 1e9, 'bytes per parameter': total / parameters})
+    here = start(SimpleNamespace(**vars(knobs), shard=world > 1))
+    row = open_table(knobs.json, provenance(here, knobs))
+    if world == 1:
+        count()
+    else:
+        measure(here)
+        leave()

@@ -181,40 +181,6 @@ def test_accumulation_and_processes_do_not_change_the_data(place):
             for x, y in zip(a, b):
                 assert x == y == '' or float(x) == pytest.approx(float(y), rel=1e-5)
 
-ZERO = dict(dropout=0.0, batch_size=2, gradient_accumulation_steps=4, lr_decay_iters=6, max_iters=4,
-            eval_interval=2)
-
-def same_checkpoints(place, one, other):
-    assert_same_weights(place, one, other)
-    one, other = (load_checkpoint(str(place / name / 'last.pt'))['optimizer'] for name in (one, other))
-    one, other = one['state'], other['state']
-    assert one.keys() == other.keys()
-    for index, moments in one.items():
-        assert all(torch.equal(x, other[index][name]) for name, x in moments.items())
-
-def test_a_sharded_optimizer_changes_no_bit_and_resumes(place):
-    train(place, 'plain_2', processes=2, **ZERO)
-    train(place, 'zero_2', processes=2, zero=True, **ZERO)
-    same_checkpoints(place, 'plain_2', 'zero_2')
-    train(place, 'zero_2_stopped', processes=2, zero=True, **dict(ZERO, max_iters=2))
-    train(place, 'zero_2_stopped', processes=2, zero=True, init_from='resume', **ZERO)
-    same_checkpoints(place, 'plain_2', 'zero_2_stopped')
-
-def test_fewer_processes_go_on_where_four_with_a_sharded_optimizer_stopped(place):
-    train(place, 'plain_4', processes=4, **ZERO)
-    train(place, 'zero_4', processes=4, zero=True, **ZERO)
-    same_checkpoints(place, 'plain_4', 'zero_4')
-    for processes in (2, 1):                # which add up gradients in another order
-        name = f'four_then_{processes}'
-        (place / name).mkdir()
-        (place / name / 'last.pt').write_bytes((place / 'zero_4' / 'last.pt').read_bytes())
-        flags = dict(ZERO, max_iters=6, weight_decay=0.05)
-        train(place, name, processes=processes, init_from='resume', zero=True, **flags)
-        groups = load_checkpoint(str(place / name / 'last.pt'))['optimizer']['param_groups']
-        assert [group['weight_decay'] for group in groups] == [0.05, 0.0]
-    for name, weight in weights(place, 'four_then_1').items():
-        assert torch.allclose(weight, weights(place, 'four_then_2')[name], rtol=0, atol=1e-5), name
-
 def test_validation_loss_is_that_of_the_saved_model(place, whole):
     checkpoint = load_checkpoint(str(place / 'whole' / 'last.pt'))
     model = GPT(GPTConfig(**checkpoint['config'])).eval()
@@ -239,8 +205,9 @@ def test_validation_windows_are_spread_over_the_processes(monkeypatch):
         monkeypatch.setattr(runtime, 'world', world)
         monkeypatch.setattr(runtime, 'all_reduce', lambda *numbers: list(numbers))
         means.append(runtime.validation_loss(Model(), np.arange(1000), knobs, here))
-    assert len(set(rows[:9])) == 9 and sorted(rows[:9]) == sorted(rows[9:])
-    assert means[0] == np.mean(rows[:9]) and means[1] == np.mean(rows[9:14])
+    assert len(set(rows[:9])) == 9 and sorted(rows[:9]) == sorted(rows[9:18])
+    assert len(rows) == 19                  # one more, of no weight: FSDP2 needs as many passes everywhere
+    assert means[0] == np.mean(rows[:9]) and means[1] == sum(rows[9:14]) / 9
 
 def test_learning_rate_and_gradient_norm(place, whole):
     warm, low, high = [6e-4 / 3, 6e-4 * 2 / 3], 6e-5, 6e-4
@@ -248,8 +215,8 @@ def test_learning_rate_and_gradient_norm(place, whole):
     assert [float(row[2]) for row in whole if row[1]] == pytest.approx(warm + cosine)
     train(place, 'clipped', max_iters=2, grad_clip=1e-12, weight_decay=0.0, dropout=0.0)
     train(place, 'moved', max_iters=2, weight_decay=0.0, dropout=0.0)
-    torch.manual_seed(1337)
-    first = GPT(GPTConfig(**load_checkpoint(str(place / 'moved' / 'last.pt'))['config'])).state_dict()
+    train(place, 'first', max_iters=1, learning_rate=0.0, min_lr=0.0, weight_decay=0.0, dropout=0.0)
+    first = weights(place, 'first')
     clipped, moved = (max((w - first[name]).abs().max() for name, w in weights(place, out).items())
                       for out in ('clipped', 'moved'))
     assert clipped < 1e-7 < 1e-4 < moved
