@@ -207,7 +207,7 @@ def shard(model, here):
 
 def halve_traffic(weight):
     """Lets a weight travel as bfloat16: FSDP2 calls these two methods of a shard, if it has them."""
-    part = local(weight)
+    part = weight._local_tensor             # itself: to_local() is a view
 
     def fsdp_pre_all_gather(mesh):
         missing = math.ceil(len(weight) / world) - len(part)        # all processes must send as many rows

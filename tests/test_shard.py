@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -167,6 +169,23 @@ def traps():
         model = trained('float32', True, steps=1)[0]
     yield 'contiguous', [len(strides) > 0, all(strides)]
 
+def gathered_bytes():
+    """What a process gives to the others for a block, per weight: in float32, and under bfloat16."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if 'allgather' in str(func):
+                sizes.append(sum(x.nbytes for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    for dtype in ('float32', 'bfloat16'):
+        here = here_of(dtype, True)
+        model = trained(dtype, True, steps=1, n_embd=64)[0]
+        sizes = []
+        with Watch(), here.autocast:
+            model(torch.zeros(2, 32, dtype=torch.long))
+        weights = sum(weight.numel() for weight in model.transformer.h[0].parameters())
+        yield f'gathered in {dtype}', 2 * max(sizes[1:]) / weights          # the root has the first
+
 def too_little_memory(path):
     """For a checkpoint, in the first process: a sentence in all of them."""
     model, optimizer, here = trained('float32', True, steps=1)
@@ -196,7 +215,7 @@ def loading(path):
     yield 'loading', [max(peaks), sum(4 * local(x).numel() for x in model.parameters()) / 1e6]
 
 def faults(folder):
-    for one in (flipped(), infinite(), traps(), too_little_memory(f'{folder}/last.pt'),
+    for one in (flipped(), infinite(), traps(), gathered_bytes(), too_little_memory(f'{folder}/last.pt'),
                 loading(f'{folder}/big.pt')):
         yield from one
 
@@ -267,6 +286,10 @@ def test_the_parameters_after_a_validation_are_the_shards(faulty):
 def test_what_is_added_up_over_processes_is_contiguous(faulty):
     """gloo's all_reduce ignores strides: torch 2.13."""
     assert faulty[0]['contiguous'] == [[True, True]] * 2
+
+def test_matrices_travel_in_bfloat16_where_autocast_makes_them_that(faulty):
+    assert faulty[0]['gathered in float32'] == [4.0] * 2
+    assert all(2.0 < each < 2.1 for each in faulty[0]['gathered in bfloat16'])
 
 def test_too_little_memory_for_a_checkpoint_is_a_sentence_and_changes_no_file(faulty):
     assert all('of main memory in the first process' in sentence for sentence in faulty[0]['memory'])
