@@ -4,6 +4,7 @@ Trains a GPT, standard or reversible, on one process or many.
     python train.py config/python_rev.py                                # two CPU cores, some minutes
     python train.py config/gpt2_rev.py                                  # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rev.py        # eight GPUs of one machine
+    torchrun ... train.py config/finetune_llama.py      # the same, for a model that is larger than a GPU
     python train.py config/python_rev.py --init_from=resume             # goes on where it stopped
     python train.py --init_from=gpt2 --dataset=shakespeare ...          # trains a pretrained model further
 

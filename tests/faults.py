@@ -109,6 +109,9 @@ def kill_train():
 def kill_train_of_two_processes():
     return kill_and_resume('train.py', TRAIN, processes=2)
 
+def kill_train_of_two_processes_with_shards():
+    return kill_and_resume('train.py', dict(TRAIN, shard=True), processes=2)
+
 def kill_retrofit():
     return kill_and_resume('retrofit.py', RETROFIT)
 
@@ -481,11 +484,11 @@ def training_that_cannot_go_on():
         good += refused(words, '--dataset=strange')
     return len(factors) + len(data), good
 
-ROWS = [kill_train, kill_train_of_two_processes, kill_retrofit, kill_prepare, kill_download, full_disk_train,
-        full_disk_retrofit, full_disk_prepare, full_disk_of_any_file, training_that_cannot_go_on,
-        damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines,
-        hostile_files, two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two,
-        two_machines, restarts_go_on]
+ROWS = [kill_train, kill_train_of_two_processes, kill_train_of_two_processes_with_shards, kill_retrofit,
+        kill_prepare, kill_download, full_disk_train, full_disk_retrofit, full_disk_prepare,
+        full_disk_of_any_file, training_that_cannot_go_on, damaged_checkpoint, damaged_data,
+        damaged_safetensors, damaged_tokenizer, command_lines, hostile_files, two_runs_in_one_folder,
+        a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on]
 
 def dataset(name, content, vocab_size):
     folder = Path('data', name)
