@@ -1,9 +1,9 @@
 # The local tensor of a parameter's shard is a new view in each call of to_local(), even without gradients.
 #
 # Expected: under torch.no_grad(), to_local() of a DTensor is the tensor that it holds, _local_tensor. So a
-# method set on it stays. Found with torch 2.13.0, in 2 processes over gloo on a CPU: that is so for a DTensor,
-# but not for one that is an nn.Parameter. There to_local() is a new view of the same memory in each call, so
-# that it can be marked as a parameter too.
+# method set on it stays. Found with torch 2.13.0, in 2 processes over gloo on a CPU: that is so for a plain
+# DTensor, but not for an nn.Parameter. There to_local() makes a new view of the same memory in each call, and
+# torch marks that view as a parameter.
 #
 # FSDP2 looks for its all-gather extension (fsdp_pre_all_gather and fsdp_post_all_gather) on _local_tensor.
 # In two forward passes with backward passes of a linear layer, FSDP2 calls each of these methods
@@ -14,8 +14,8 @@
 #
 # It raises no error and gives no warning: in the first two rows weights are gathered without the extension.
 #
-# So set these methods on _local_tensor, or make them methods of a tensor subclass before fully_shard, and
-# count calls in a test. This script exits with 1 if that has changed.
+# So set these methods on _local_tensor, and count calls in a test. This script exits with 1 if that has
+# changed.
 #
 #     bash findings/dtensor_parameter_to_local.sh
 set -eu
@@ -52,6 +52,7 @@ def trial(mesh, way):
     tensor = way(weight)
     assert isinstance(weight, nn.Parameter) and isinstance(weight, DTensor)
     assert tensor.data_ptr() == weight._local_tensor.data_ptr()
+    assert (way(weight) is tensor) == (tensor is weight._local_tensor)
 
     def fsdp_pre_all_gather(mesh):
         calls.append('before')
