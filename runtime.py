@@ -179,68 +179,6 @@ def clip(model, most, here):
             g.mul_(factor)
     return norm
 
-# -----------------------------------------------------------------------------
-# FSDP2: each process keeps some rows of every weight, of its gradient and of its moments
-
-def shard(model, here):
-    """
-    Gives each process 1 / N of the rows of every weight (torch's fully_shard, arXiv 2304.11277). Those of a
-    block are gathered around its step. Under bfloat16 autocast matrices travel in that format, which they get
-    anyway.
-    """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method    # takes a second
-    if model.config.scheme == 'midpoint_sum':
-        raise ValueError('a step of midpoint_sum needs two blocks at once: leave --shard out')
-    if world > model.config.n_embd:
-        raise ValueError(f'{world} processes cannot share {model.config.n_embd} rows: start fewer')
-    for block in model.transformer.h:
-        fully_shard(block, mesh=here.mesh)
-        register_fsdp_forward_method(block, 'step')
-    # else its parameters would be the gathered ones after a validation, and an optimizer would train those
-    fully_shard(model, mesh=here.mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model, 'hidden')
-    model.to_empty(device=here.device)
-    if here.dtype == 'bfloat16':
-        for weight in model.transformer.h.parameters():
-            if weight.dim() == 2:
-                halve_traffic(weight)
-
-def halve_traffic(weight):
-    """Lets a weight travel as bfloat16: FSDP2 calls these two methods of a shard, if it has them."""
-    part = weight._local_tensor             # itself: to_local() is a view
-
-    def fsdp_pre_all_gather(mesh):
-        missing = math.ceil(len(weight) / world) - len(part)        # all processes must send as many rows
-        return [F.pad(part, (0, 0, 0, missing)).bfloat16()], None
-
-    def fsdp_post_all_gather(outputs, metadata, dtype, *, out=None):
-        if out is None:                     # the first time
-            whole = outputs[0].to(dtype)
-            return whole, [whole]
-        out.data.copy_(outputs[0][:len(out)])           # .data: autograd shall not take it for a change
-
-    part.fsdp_pre_all_gather = fsdp_pre_all_gather
-    part.fsdp_post_all_gather = fsdp_post_all_gather
-
-def local(x):
-    """The rows of a tensor that this process has: all, if it is not sharded."""
-    return x.to_local() if hasattr(x, 'to_local') else x
-
-@torch.no_grad()
-def fill(weight, rows, first=0):
-    """Sets these rows of a weight, from the first on, as far as this process has them. Returns the weight."""
-    ours = local(weight)
-    begin = 0 if ours is weight else rank * math.ceil(len(weight) / world)
-    least = max(first, begin)
-    most = min(first + len(rows), begin + len(ours))
-    if least < most:
-        ours[least - begin:most - begin] = rows[least - first:most - first]
-    return weight
-
-def whole(x):
-    """All rows of a tensor: gathered, if it is sharded."""
-    return x.full_tensor() if hasattr(x, 'full_tensor') else x
-
 def cosine(knobs, step):
     """The learning rate: linear warm-up, then a cosine down to min_lr."""
     if step < knobs.warmup_iters:
@@ -288,6 +226,68 @@ def make_room(step, used, config):
     if used > 0.25 and config.fractional_bits > 0:
         config.fractional_bits -= 1
         say(f'step {step}: a state used {used:.0%} of its range: {config.fractional_bits} fractional bits')
+
+# -----------------------------------------------------------------------------
+# FSDP2: each process keeps some rows of every weight, of its gradient and of its moments
+
+def shard(model, here):
+    """
+    Gives each process 1 / N of the rows of every weight (torch's fully_shard, arXiv 2304.11277). Those of a
+    block are gathered around its step. Under bfloat16 autocast matrices travel in that format, which they get
+    anyway.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method    # takes a second
+    if model.config.scheme == 'midpoint_sum':
+        raise ValueError('a step of midpoint_sum needs two blocks at once: leave --shard out')
+    if world > model.config.n_embd:
+        raise ValueError(f'{world} processes cannot share {model.config.n_embd} rows: start fewer')
+    for block in model.transformer.h:
+        fully_shard(block, mesh=here.mesh)
+        register_fsdp_forward_method(block, 'step')
+    # else its parameters would be the gathered ones after a validation: an optimizer made then trains nothing
+    fully_shard(model, mesh=here.mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, 'hidden')
+    model.to_empty(device=here.device)
+    if here.dtype == 'bfloat16':
+        for weight in model.transformer.h.parameters():
+            if weight.dim() == 2:
+                halve_traffic(weight)
+
+def halve_traffic(weight):
+    """Lets a weight travel as bfloat16: FSDP2 calls these two methods of a shard, if it has them."""
+    part = weight._local_tensor             # itself: to_local() is a view
+
+    def fsdp_pre_all_gather(mesh):
+        missing = math.ceil(len(weight) / world) - len(part)        # all processes must send as many rows
+        return [F.pad(part, (0, 0, 0, missing)).bfloat16()], None
+
+    def fsdp_post_all_gather(outputs, metadata, dtype, *, out=None):
+        if out is None:                     # the first time
+            whole = outputs[0].to(dtype)
+            return whole, [whole]
+        out.data.copy_(outputs[0][:len(out)])           # .data: autograd shall not take it for a change
+
+    part.fsdp_pre_all_gather = fsdp_pre_all_gather
+    part.fsdp_post_all_gather = fsdp_post_all_gather
+
+def local(x):
+    """The rows of a tensor that this process has: all, if it is not sharded."""
+    return x.to_local() if hasattr(x, 'to_local') else x
+
+@torch.no_grad()
+def fill(weight, rows, first=0):
+    """Sets these rows of a weight, from the first on, as far as this process has them. Returns the weight."""
+    ours = local(weight)
+    begin = 0 if ours is weight else rank * math.ceil(len(weight) / world)
+    least = max(first, begin)
+    most = min(first + len(rows), begin + len(ours))
+    if least < most:
+        ours[least - begin:most - begin] = rows[least - first:most - first]
+    return weight
+
+def whole(x):
+    """All rows of a tensor: gathered, if it is sharded."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
 
 # -----------------------------------------------------------------------------
 # checkpoints, and the log

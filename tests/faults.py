@@ -440,12 +440,12 @@ def two_machines():
     codes = [machine.wait(timeout=300) for machine in machines]
     return 1, int(codes == [0, 0] and same_weights('one_machine', 'two_machines'))
 
-def restarts_go_on():
+def restarts_go_on(**flags):
     """torchrun --max_restarts=2, whose processes are killed twice on the way."""
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # or a restart may fail: pytorch issue 135712
     start = [*TORCHRUN, '--nnodes=1', '--nproc_per_node=2', '--max_restarts=2', '--monitor_interval=0.5',
              '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', f'--rdzv_id={chance.random()}',
-             *command('train.py', **dict(TRAIN, max_iters=300, eval_interval=20))[1:]]
+             *command('train.py', **dict(TRAIN, max_iters=300, eval_interval=20, **flags))[1:]]
     assert run([*start, '--out_dir=calm']).returncode == 0
     start.append('--out_dir=restless')
     good = 0
@@ -458,6 +458,9 @@ def restarts_go_on():
             group.communicate()
         good += group.returncode == 0 and same_weights('calm', 'restless')
     return TRIES // 10, good
+
+def restarts_go_on_with_shards():
+    return restarts_go_on(shard=True)
 
 def training_that_cannot_go_on():
     """Weights of NaN or inf, or that push states beyond the integers; data that are wrong, none, others."""
@@ -488,7 +491,8 @@ ROWS = [kill_train, kill_train_of_two_processes, kill_train_of_two_processes_wit
         kill_prepare, kill_download, full_disk_train, full_disk_retrofit, full_disk_prepare,
         full_disk_of_any_file, training_that_cannot_go_on, damaged_checkpoint, damaged_data,
         damaged_safetensors, damaged_tokenizer, command_lines, hostile_files, two_runs_in_one_folder,
-        a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on]
+        a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on,
+        restarts_go_on_with_shards]
 
 def dataset(name, content, vocab_size):
     folder = Path('data', name)
