@@ -148,7 +148,7 @@ def fitting(config, here):
     with torch.device('meta'):              # takes no memory
         needed = 16 * count_parameters(GPT(config)) / 1e9
     if here.mesh:
-        needed /= here.mesh.size()
+        needed *= int(os.environ.get('LOCAL_WORLD_SIZE', 1)) / here.mesh.size()         # of this machine
     if here.kind == 'cpu' and hasattr(os, 'sysconf'):
         there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
         if needed > there:

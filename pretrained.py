@@ -165,6 +165,20 @@ def empty(config, here=None):
         model.lm_head.weight = model.transformer.wte.weight
     return model
 
+def new(config, here):
+    """GPT(config) on the device; with --shard, this process's part of it, with the same random numbers."""
+    if not here.mesh:
+        return GPT(config).to(here.device)
+    model = empty(config, here)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if 'wte' in name or 'wpe' in name:      # what torch draws when GPT() makes its parts
+            torch.empty(weight.shape).normal_()
+        elif 'ln_' not in name:
+            torch.empty(weight.shape).uniform_()
+    for name, weight in model.named_parameters():
+        fill(weight, model.initialize(name, torch.empty(weight.shape)))
+    return model
+
 def build(name, here=None, **overrides):
     """(model, how its text became tokens) of what load() takes, with fields of GPTConfig to change."""
     config, (family, tensors), meta = load(name)
@@ -213,12 +227,13 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
     return config
 
 @torch.no_grad()
-def fit_range(model, idx):
+def fit_range(model, idx, here):
     """Fractional bits that let the states of these tokens (B, T) use an eighth of their range at most."""
     config = model.config
     model.config = replace(config, state_bits=64, fractional_bits=20)       # the range is wide enough for all
     model.largest = 0.0
-    model(idx)
+    with here.autocast:
+        model(idx)
     largest = float(model.largest) * 2.0**(63 - 20)
     if not math.isfinite(largest):
         raise ValueError('a weight of the model is not finite: use another model')

@@ -36,7 +36,7 @@ class Knobs:
     # conversion
     conversion: str = 'midpoint_a'          # or 'symplectic', or 'midpoint_sum': the paper's, twice the work
     bits: int | float = 0                   # midpoint_a: bits per element, the mean over the layers
-    spread: bool = True                     # where they matter; False: the same in all layers, |a| = 2^-bits
+    spread: bool = True                     # where they matter; False: the same in all but the first layer
     spread_windows: int = 4                 # training sequences on which the need for bits is measured
     sign: int = -1                          # of a
     anneal_from: int | float = 2            # bits in the first step, if more than --bits: they fall to --bits
@@ -188,7 +188,7 @@ if checkpoint:
     if knobs.fractional_bits in (None, checkpoint['knobs']['fractional_bits']):
         student.config.fractional_bits = checkpoint['config']['fractional_bits']
 elif knobs.fractional_bits is None:
-    fit_range(student, windows(val_data, [0], knobs.block_size, here.device)[0])
+    fit_range(student, windows(val_data, [0], knobs.block_size, here.device)[0], here)
 if not checkpoint and knobs.conversion == 'midpoint_a' and knobs.spread:
     table = sensitivity(student)
 convert(student, a_at(step))

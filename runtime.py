@@ -60,7 +60,8 @@ def start(knobs):
     if shard and world == 1:
         raise ValueError('--shard=True needs several processes: start the script with torchrun')
     if world > 1:
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        # the others wait while the first process writes a checkpoint
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=1))
         torch._dynamo.config.optimize_ddp = False       # it would split compiled blocks, and gain nothing
     mesh = dist.init_device_mesh(kind, (world,)) if shard else None
     return SimpleNamespace(kind=kind, device=torch.device(kind), dtype=dtype, skipped=0, mesh=mesh,
@@ -169,7 +170,8 @@ def clip(model, most, here):
     """Scales the gradient so that its norm is at most this, unless it is 0. Returns the norm from before."""
     grads = [local(w.grad) for w in model.parameters() if w.grad is not None]
     dtype = torch.float32 if here.kind == 'mps' else torch.float64      # where a sum's order does not show
-    square = sum(torch.linalg.vector_norm(g, dtype=dtype)**2 for g in grads)
+    pieces = [piece for g in grads for piece in g.flatten().split(2**22)]       # of which it makes a copy
+    square = sum(torch.linalg.vector_norm(piece, dtype=dtype)**2 for piece in pieces)
     if here.mesh:
         dist.all_reduce(square)
     norm = square.sqrt().float()
@@ -353,18 +355,18 @@ def free_memory():
         return 1024 * int(re.search(r'MemAvailable: *(\d+)', Path('/proc/meminfo').read_text())[1])
     return math.inf
 
-def room_to_save(model, here):
+def room_to_save(model, optimizer, here):
     """ValueError if the first process cannot hold the weights and moments of a sharded model."""
-    needed = 12 * count_parameters(model)
-    free = free_memory()
-    short = main and here.mesh is not None and needed > free
-    if all_reduce(short)[0]:
+    moments = [x for state in optimizer.state.values() for x in state.values()]
+    needed = 4 * sum(x.numel() for x in (*model.parameters(), *moments))
+    [free] = all_reduce(free_memory() if main else 0)
+    if here.mesh and needed > free:
         raise ValueError(f'a checkpoint takes {needed / 1e9:.3g} GB of main memory in the first process, and '
                          f'{free / 1e9:.3g} GB are left there: make room; what was saved is unchanged')
 
 def save_run(paths, model, optimizer, here, knobs, **more):
     """Writes a checkpoint from which any number of processes can resume."""
-    room_to_save(model, here)
+    room_to_save(model, optimizer, here)
     def keep(x):                            # the first process collects shards in its main memory
         if not here.mesh or not isinstance(x, torch.Tensor):
             return x
@@ -380,11 +382,14 @@ def save_run(paths, model, optimizer, here, knobs, **more):
 
 def load_run(checkpoint, model, optimizer, here):
     """What save_run() saved, but for the optimizer's knobs: they are those of now."""
+    weights = checkpoint.pop('model')       # mapped from its file, as the moments
+    if {name: x.shape for name, x in weights.items()} != {n: x.shape for n, x in model.state_dict().items()}:
+        raise ValueError('the weights of the checkpoint are not those of its config: use another one')
     for name, weight in model.named_parameters():
-        fill(weight, checkpoint['model'][name])
+        fill(weight, weights[name])
     states = optimizer.state_dict()         # with the knobs, and the weights in this order
     weights = [weight for group in optimizer.param_groups for weight in group['params']]
-    for i, moments in checkpoint['optimizer']['state'].items():
+    for i, moments in checkpoint.pop('optimizer')['state'].items():
         states['state'][i] = {name: fill(torch.zeros_like(weights[i]), x) if x.dim() else x
                               for name, x in moments.items()}
     optimizer.load_state_dict(states)

@@ -22,8 +22,8 @@ import torch
 from configurator import configure
 from memory import fitting, most_stored_layers, peak_memory
 from model import GPT, GPTConfig
-from pretrained import build, chosen, empty, fit_range, same_tokens
-from runtime import (adamw, agree, catch_signals, clip, cosine, count_parameters, distributed, fill, leave,
+from pretrained import build, chosen, fit_range, new, same_tokens
+from runtime import (adamw, agree, catch_signals, clip, cosine, count_parameters, distributed, leave,
                      load_run, make_room, micro_batches, open_data, open_log, pace, resumed, save_run, say,
                      seed_step, start, training_batches, validation_loss, windows, world)
 
@@ -139,9 +139,7 @@ if theirs:
     model, its_meta = build(knobs.init_from, here, **vars(config))
     same_tokens(knobs.init_from, its_meta, f'data/{knobs.dataset}', meta)
 else:
-    model = empty(config, here)
-    for name, weight in model.named_parameters():       # every process draws all, and keeps its part
-        fill(weight, model.initialize(name, torch.empty(weight.shape)))
+    model = new(config, here)
 config = model.config                       # with the a that was drawn
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
@@ -149,7 +147,7 @@ if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_siz
 if auto:
     config.stored_layers = most_stored_layers(config, knobs, here)
 if theirs and config.scheme != 'standard' and config.exact and knobs.fractional_bits is None:
-    fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0])
+    fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0], here)
     config = model.config
 optimizer = adamw(model, knobs.weight_decay, knobs.learning_rate, (knobs.beta1, knobs.beta2))
 if checkpoint:

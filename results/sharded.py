@@ -113,7 +113,10 @@ def plain_steps(shape, stream, B, T):
     return count_two_steps(build, B, T, 'bfloat16')
 
 def largest_batches(shape, stream, processes):
-    """How many sequences fit into each budget, per process: bytes are linear in them, phase by phase."""
+    """
+    How many sequences fit into each budget, per process, and the GB of 16 of them, the batch of
+    config/finetune_llama.py. Bytes are linear in sequences, phase by phase.
+    """
     few = 4 * max(1, SLICE // shape['block_size'])
     counts = [plain_steps(shape, stream, B, shape['block_size']) for B in (few, 2 * few)]
     curves = [shard_curve(count, GPTConfig(**shape), processes) for count in counts]
@@ -122,7 +125,8 @@ def largest_batches(shape, stream, processes):
     fixed = 2 * one - two
     each = (two - one) / few
     growing = each > 0
-    return [max(0, int(((1e9 * budget - fixed)[growing] // each[growing]).min())) for budget in BUDGETS]
+    batches = [max(0, int(((1e9 * budget - fixed)[growing] // each[growing]).min())) for budget in BUDGETS]
+    return batches, (fixed + 16 * each).max() / 1e9
 
 def count():
     for name, shape in SHAPES.items():
@@ -141,8 +145,9 @@ def count():
                 'GB at the peak': count.curve().max() / 1e9})
     shape = SHAPES['Llama-2 7B']
     for case, stream in (('midpoint_a, 4 bits', False), ('checkpointed/bf16', True)):
-        found = largest_batches(shape, stream, 8)
-        row(case, processes=8, **{f'sequences in {budget} GB': n for budget, n in zip(BUDGETS, found)})
+        found, gigabytes = largest_batches(shape, stream, 8)
+        row(case, processes=8, **{f'sequences in {budget} GB': n for budget, n in zip(BUDGETS, found)},
+            **{'GB of 16 sequences': gigabytes})
 
 # -----------------------------------------------------------------------------
 # measured

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,7 @@ def test_no_logits_are_whole_in_memory():
 
 PEAK = """
 import sys
+from types import SimpleNamespace
 sys.path.append('tests')
 from test_retrofit import a_step_at_the_vocabulary_of_gpt2
 a_step_at_the_vocabulary_of_gpt2(rows=int(sys.argv[1]))
@@ -211,7 +213,7 @@ def test_a_conversion_gets_fractional_bits_by_its_largest_state(scheme, factor, 
     model = build(**scheme)
     for block in model.transformer.h:
         block.mlp.c_proj.weight.data.mul_(factor)
-    fit_range(model, idx)
+    fit_range(model, idx, SimpleNamespace(autocast=contextlib.nullcontext()))
     model.largest = 0.0
     state = model.last_state(idx)
     assert least <= model.config.fractional_bits <= most

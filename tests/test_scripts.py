@@ -221,6 +221,17 @@ def test_learning_rate_and_gradient_norm(place, whole):
                       for out in ('clipped', 'moved'))
     assert clipped < 1e-7 < 1e-4 < moved
 
+def test_weights_that_are_not_those_of_the_config_are_a_sentence(place):
+    train(place, 'cut', max_iters=1)
+    path = str(place / 'cut' / 'last.pt')
+    checkpoint = load_checkpoint(path)
+    name = 'transformer.h.0.mlp.c_fc.weight'
+    for weights in (checkpoint['model'] | {name: checkpoint['model'][name][:10].clone()},
+                    {key: x for key, x in checkpoint['model'].items() if key != name}):
+        save_checkpoint([path], dict(checkpoint, model=weights))
+        sentence = complaint(place, 'train.py', **dict(SMALL, out_dir='cut', init_from='resume'))
+        assert 'the weights of the checkpoint are not those of its config' in sentence
+
 def test_a_loss_that_is_not_finite_stops_the_run(place):
     train(place, 'broken', max_iters=4)
     before = (place / 'broken' / 'last.pt').read_bytes()

@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import runtime
 from model import GPT, GPTConfig, unkick
-from pretrained import build, empty
+from pretrained import build, empty, new
 from runtime import (adamw, agree, clip, distributed, fill, load_checkpoint, load_run, local, save_run, start,
                      save_checkpoint, validation_loss)
 from test_scripts import SMALL, assert_same_weights, command, complaint, place, rows, weights
@@ -55,7 +55,7 @@ def here_of(dtype, shard):
     group = dist.is_initialized()
     with pytest.MonkeyPatch.context() as change:
         if group:                               # one group serves all cases
-            change.setattr(dist, 'init_process_group', lambda backend: None)
+            change.setattr(dist, 'init_process_group', lambda backend, **how: None)
         return start(kind)
 
 def trained(dtype, shard, frozen=None, micro_batches=1, compile=False, amplify=8, steps=STEPS, **fields):
@@ -119,9 +119,7 @@ def flipped():
         return unkick(v, *args)
 
     here = here_of('float32', True)
-    model = empty(GPTConfig(**TINY), here)
-    for name, weight in model.named_parameters():
-        fill(weight, model.initialize(name, torch.empty(weight.shape)))
+    model = new(GPTConfig(**TINY), here)
     model.unkick = faulty
     x = torch.zeros(8, 32, dtype=torch.long)
     loss = model(x, x)[1]
@@ -130,6 +128,19 @@ def flipped():
         agree(4, loss.detach(), clip(model, 0.0, here), model.mismatches, model.largest, here)
     except ValueError as error:
         yield 'flipped', str(error)
+
+def drawn():
+    """A seed gives a sharded model the weights of GPT(config)."""
+    here = here_of('float32', True)
+    same = []
+    for fields in (dict(TINY), dict(TINY, tied=False, **LLAMA)):
+        torch.manual_seed(5)
+        sharded = new(GPTConfig(**fields), here)
+        torch.manual_seed(5)
+        plain = GPT(GPTConfig(**fields))
+        pairs = zip(sharded.parameters(), plain.parameters())
+        same += [torch.equal(gathered(x.detach()), y) for x, y in pairs]
+    yield 'drawn', all(same)
 
 def infinite():
     """In float16, an inf in the gradient of one process: its step is skipped by all."""
@@ -215,8 +226,8 @@ def loading(path):
     yield 'loading', [max(peaks), sum(4 * local(x).numel() for x in model.parameters()) / 1e6]
 
 def faults(folder):
-    for one in (flipped(), infinite(), traps(), gathered_bytes(), too_little_memory(f'{folder}/last.pt'),
-                loading(f'{folder}/big.pt')):
+    for one in (drawn(), flipped(), infinite(), traps(), gathered_bytes(),
+                too_little_memory(f'{folder}/last.pt'), loading(f'{folder}/big.pt')):
         yield from one
 
 def anonymous():
@@ -276,6 +287,9 @@ def faulty(tmp_path_factory):
 def test_a_bit_that_is_flipped_in_one_process_stops_all(faulty):
     assert all('not those of the forward pass' in sentence for sentence in faulty[0]['flipped'])
 
+def test_a_seed_draws_the_same_weights(faulty):
+    assert faulty[0]['drawn'] == [True] * 2
+
 def test_an_inf_in_the_gradient_of_one_process_skips_the_step_in_all(faulty):
     assert faulty[0]['infinite'] == [[True, 0.5]] * 2
 
@@ -324,6 +338,9 @@ def test_checkpoints_are_those_of_ddp_and_each_continues_the_other(place):
         train(place, name, shard=not first, init_from='resume', **SHARD)
         assert_same_checkpoints(place, 'ddp', name)
         assert rows(place, 'ddp') == rows(place, name)
+    said = train(place, 'auto', shard=True, stored_layers='auto', memory_gb=1, **SHARD)
+    assert 'stored_layers = 2 of 2' in said
+    assert_same_checkpoints(place, 'ddp', 'auto')
 
 def test_other_numbers_of_processes_go_on(place):
     train(place, 'four', processes=4, shard=True, **dict(SHARD, gradient_accumulation_steps=4))
@@ -338,7 +355,7 @@ def test_other_numbers_of_processes_go_on(place):
     for name, weight in weights(place, 'four_then_1').items():
         assert torch.allclose(weight, weights(place, 'four_then_2')[name], rtol=0, atol=1e-5), name
 
-def test_retrofit_and_auto(place):
+def test_retrofit(place):
     train(place, 'teacher', scheme='standard', **SHARD)
     flags = dict(teacher='teacher/last.pt', dataset='tiny', block_size=16, batch_size=2, bits=1,
                  gradient_accumulation_steps=2, spread_windows=2, max_iters=4, eval_interval=4,
@@ -346,13 +363,11 @@ def test_retrofit_and_auto(place):
     for shard in (False, True):
         train(place, f'student{shard}', script='retrofit.py', shard=shard, **flags)
     assert_same_checkpoints(place, 'studentFalse', 'studentTrue')
-    said = train(place, 'auto', shard=True, stored_layers='auto', memory_gb=1, **SHARD)
-    assert 'stored_layers = 2 of 2' in said
-    assert_same_checkpoints(place, 'ddp', 'auto')
 
 def test_a_checkpoint_that_is_cut_off_is_one_sentence(place):
-    (place / 'cut_off').mkdir()
-    (place / 'cut_off' / 'last.pt').write_bytes((place / 'four' / 'last.pt').read_bytes()[:-1000])
+    train(place, 'cut_off', processes=1, **dict(SHARD, max_iters=1))
+    path = place / 'cut_off' / 'last.pt'
+    path.write_bytes(path.read_bytes()[:-1000])
     start = command('train.py', **dict(SHARD, shard=True, out_dir='cut_off', init_from='resume', processes=2))
     result = subprocess.run(start, cwd=place, capture_output=True, text=True, timeout=120)
     said = [line for line in result.stderr.splitlines() if 'cut_off/last.pt is damaged, cut off, or' in line]
