@@ -10,7 +10,7 @@ On two machines of eight GPUs, which share out_dir, this line on each:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_MACHINE:29500 \
         --rdzv_id=NAME train.py config/finetune_llama.py --gradient_accumulation_steps=16
 
-262,144 tokens per step = 8 GPUs x 16 sequences x 2048: 20 GB are counted on each GPU, without CUDA itself. A
+262,144 tokens per step = 8 GPUs x 16 sequences x 2048: 21 GB are counted on each GPU, without CUDA itself. A
 checkpoint takes 81 GB on the disk, and in the main memory of the first machine. Not tried: we had no GPU.
 """
 init_from = 'meta-llama/Llama-2-7b-hf'
