@@ -22,7 +22,7 @@ RANGES = [              # the least and the largest value of these knobs
     (0, 10**12, 'max_iters warmup_iters'),
     (0, 1e30, 'learning_rate min_lr weight_decay grad_clip temperature seed'),
     (0, 0.99999, 'beta1 beta2 dropout'),
-    (0, 1, 'anneal_part data_weight'),
+    (0, 1, 'anneal_part data_weight land_part'),
     (0, 8, 'bits anneal_from'),
 ]
 CHOICES = dict(device=['auto', 'cuda', 'mps', 'cpu'], dtype=['auto', 'float32', 'bfloat16', 'float16'],

@@ -4,6 +4,7 @@ Zero-shot accuracy on multiple-choice questions, and validation loss, of one mod
     python evaluate.py --init_from=gpt2 --tasks=piqa,arc_easy,arc_challenge,openbookqa,winogrande,hellaswag
     python evaluate.py --init_from=gpt2,out_retrofit_gpt2/last.pt --tasks=piqa
     python evaluate.py --init_from=out_python/best.pt --datasets=python         # loss and perplexity
+    python evaluate.py --init_from=out_finetune/last.pt --datasets=text --as_standard=True
     torchrun --standalone --nproc_per_node=8 evaluate.py --init_from=gpt2-xl --tasks=hellaswag
 
 A question is answered with the continuation that the model finds likeliest: the sum of its tokens'
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from data.download import download, write_atomically
-from pretrained import build, same_tokens, tokenizer
+from pretrained import as_standard, build, same_tokens, tokenizer
 from runtime import all_reduce, leave, main, open_data, rank, say, start, validation_loss, world
 
 @dataclass
@@ -37,6 +38,7 @@ class Knobs:
     datasets: str = ''                      # folders of data/ whose validation loss is computed, likewise
     json: str = 'evaluation.json'           # the file that gets all results
     batch_size: int = 16                    # sequences
+    as_standard: bool = False               # each model also as the standard net that it is near to
     block_size: int | None = None           # tokens of a window of validation data; None: all the model sees
     eval_windows: int = 400                 # such windows
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'
@@ -195,7 +197,8 @@ if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     here = start(knobs)
     torch.backends.cuda.enable_cudnn_sdp(False)         # it makes a plan for every new length of a text
-    models = knobs.init_from.split(',')
+    models = [(name, standard) for name in knobs.init_from.split(',')
+              for standard in ([False, True] if knobs.as_standard else [False])]
     tasks = [task for task in knobs.tasks.split(',') if task]
     datasets = [dataset for dataset in knobs.datasets.split(',') if dataset]
     if not tasks + datasets or set(tasks) - set(SOURCES):
@@ -203,10 +206,13 @@ if __name__ == '__main__':
 
     report = {}                                         # model -> 'tasks' or 'datasets' -> name -> numbers
     keep(report, knobs.json)
-    for j, name in enumerate(models, 1):
+    for j, (source, standard) in enumerate(models, 1):
+        name = source + (' as the standard net' if standard else '')
         say(f'[{j}] {name}')
-        model, meta = build(name, dropout=0.0)
+        model, meta = build(source, dropout=0.0)
         model.to(here.device).eval()
+        if standard:
+            model.config = as_standard(model.config)
         report[name] = dict(tasks={}, datasets={})
         for task in tasks:
             report[name]['tasks'][task] = accuracy(task, model, meta, knobs, here)

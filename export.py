@@ -3,6 +3,7 @@ Writes a standard model in a form that other programs read.
 
     python export.py out/best.pt some/folder        # for from_pretrained() of transformers, and for ours
     python export.py out/best.pt ckpt.pt            # for sample.py of nanoGPT, if the tokens are GPT-2's
+    python export.py out/last.pt some/folder --as_standard=True     # midpoint_a, as the standard net
 
 The model is anything that our from_pretrained() takes. train.py of nanoGPT resumes only its own checkpoints.
 """
@@ -12,27 +13,35 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from configurator import explain
-from pretrained import FIELDS, THEIRS, build, find, read_json, tensors_of
-from runtime import save_checkpoint
+from evaluate import validation
+from pretrained import as_standard, FIELDS, THEIRS, build, find, read_json, tensors_of
+from runtime import load_checkpoint, save_checkpoint
 
 ARCHITECTURES = dict(gpt2=('transformer.', 'GPT2LMHeadModel'), llama=('model.', 'LlamaForCausalLM'))
 TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
              'generation_config.json']
 
-def export(source, target):
+def export(source, target, standard=False):
     """Writes the model source to target, a new folder or .pt, and returns a sentence for the user."""
     target = os.path.normpath(target)
     if os.path.exists(target):
         raise ValueError(f'{target} exists already: choose another name, or delete it')
     model, meta = build(source)
     config = model.config
+    if standard:
+        config = as_standard(config)
+        compare_losses(source, model, config, meta)
+        model.config = config
     if config.scheme != 'standard':
-        raise ValueError(f'no other program computes the scheme {config.scheme} of {source}: use it here')
+        advice = 'try --as_standard=True' if config.scheme == 'midpoint_a' else 'use it here'
+        raise ValueError(f'no other program computes the scheme {config.scheme} of {source}: {advice}')
     gpt2 = config.norm == 'layernorm' and config.mlp == 'gelu' and config.n_kv_head == config.n_head
     llama = config.norm == 'rmsnorm' and config.mlp == 'swiglu' and not config.bias
     if gpt2 == llama or gpt2 != (config.rope_theta is None):
@@ -48,6 +57,20 @@ def export(source, target):
     if config.gelu == 'tanh':
         return f'{target} is written: nanoGPT computes GELU by erf, not by tanh, so logits agree to 1e-4'
     return f'{target} is written'
+
+def compare_losses(source, model, standard, meta):
+    """Prints the validation loss of the model, and that as this standard net, if its data are here."""
+    knobs = load_checkpoint(source, ('model', 'config')).get('knobs', {}) if source.endswith('.pt') else {}
+    dataset = knobs.get('dataset', '')
+    if not os.path.exists(f'data/{dataset}/val.bin'):
+        return print('there are no data to compare the two losses on')
+    how = SimpleNamespace(block_size=knobs['block_size'], eval_windows=48, batch_size=4)
+    here = SimpleNamespace(device=torch.device('cpu'), autocast=nullcontext())
+    losses = []
+    for config in (model.config, standard):
+        model.config = config
+        losses.append(validation(dataset, source, model, meta, how, here)['loss'])
+    print('validation loss on data/{}: {:.4f}, as the standard net {:.4f}'.format(dataset, *losses))
 
 def to_transformers(model, meta, source, target):
     config = model.config
@@ -104,6 +127,7 @@ def write_safetensors(path, tensors):
 
 if __name__ == '__main__':
     sys.excepthook = explain
-    if len(sys.argv) != 3:
+    words = [word for word in sys.argv[1:] if word != '--as_standard=True']
+    if len(words) != 2:
         raise ValueError('give a model and where to write it: python export.py out/best.pt some/folder')
-    print(export(*sys.argv[1:]))
+    print(export(*words, standard=len(words) < len(sys.argv[1:])))

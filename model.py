@@ -70,7 +70,7 @@ class GPTConfig:
     rope_theta: float | None = None         # base of rotary positions (Llama); None: learned ones (GPT-2)
     tied: bool = True                       # one matrix embeds tokens and makes logits
     scheme: str = 'leapfrog'                # a key of SCHEMES
-    h: float | list | None = None           # step size, a number or one per layer; None: DEFAULT_H
+    h: float | list | str | None = None     # step size, a number or one per layer; 'once': see step_sizes()
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None or 'random': see GPT
     stored_layers: int | None = None        # how many of the last layers keep their graphs; None: 0
     exact: bool = True                      # states are integers; False: floats, which drift, as in the paper
@@ -105,9 +105,10 @@ class GPTConfig:
         must(self.stored_layers in range(self.n_layer + 1), 'stored_layers must be from 0 to n_layer')
         must(self.h is None or self.scheme in DEFAULT_H, f'{self.scheme} has no h to choose: leave h out')
         must(self.a is None or self.scheme == 'midpoint_a', f'{self.scheme} has no a to choose: leave a out')
-        for name in 'a', 'h':
+        for name, value in ('a', self.a), ('h', self.h):
             numbers = self.per_layer(name)
-            unset = numbers == [None] * self.n_layer or (name == 'a' and self.a == 'random')
+            later = self.scheme == 'midpoint_a' and value == dict(a='random', h='once')[name]
+            unset = numbers == [None] * self.n_layer or later
             finite = all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
             right = unset or (finite and len(numbers) == self.n_layer)
             must(right, f'{name} must be a finite number, or n_layer of them')
@@ -117,6 +118,8 @@ class GPTConfig:
                 exact = n % 2 == 1 and denominator <= 256
                 must(exact or (a != 0 and not self.exact), f'a = {a} cannot be undone exactly: give n / 2^k, '
                      'with n odd and k up to 8, such as 1, -0.5 or 0.75')
+        if self.h == 'once' and self.a != 'random':
+            self.h = step_sizes(self.per_layer('a'))
 
     def per_layer(self, name):
         value = getattr(self, name)
@@ -144,6 +147,20 @@ class GPTConfig:
                 inverse = integer_inverse(-n, state) if self.exact else -1 / a
             result.append(Coefficients(a, c, n, denominator.bit_length() - 1, inverse, one))
         return result
+
+def step_sizes(a):
+    """
+    h of midpoint_a with which each layer's output arrives once, as in a standard net. Layer j reaches the
+    last state h_j S_j times, where S_j is 1 - a_{j+1} S_{j+1}, and 1 in the last layer: so h_j = 1 / S_j. At
+    a = -1 that is 1 / (L - j), from j = 0 on. Where a > 0, S_j may be near 0: then h = 1 + a, the inverse of
+    S where it no longer changes with j.
+    """
+    if max(a) > 0:
+        return [1 + x for x in a]
+    h = [1.0]                                   # from the last layer down
+    for x in reversed(a[1:]):
+        h.append(1 / (1 - x / h[-1]))
+    return h[::-1]
 
 # -----------------------------------------------------------------------------
 # the transformer: GPT-2, with nanoGPT's names, and Llama

@@ -23,7 +23,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment        # torch brings it along
 
 from data.download import download, gpt2_encoding
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, step_sizes
 from runtime import fill, load_checkpoint, say, shard
 
 def find(name, *files, needed=True):
@@ -204,27 +204,35 @@ def from_pretrained(name, **overrides):
     """A GPT with the weights of what load() takes: a name on the hub, a folder, a checkpoint."""
     return build(name, **overrides)[0]
 
-def step_sizes(a):
-    """
-    h of midpoint_a for the weights of a standard net. Block j reaches the last state h_j S_j times, where S_j
-    is 1 - a_{j+1} S_{j+1}, and 1 in the last layer. A standard net has it once there: h_j = 1 / S_j. Where
-    a > 0, S_j may be near 0: then h = 1 + a, the inverse of S where it no longer changes with j.
-    """
-    if max(a) > 0:
-        return [1 + x for x in a]
-    h = [1.0]                                   # from the last layer down
-    for x in reversed(a[1:]):
-        h.append(1 / (1 - x / h[-1]))
-    return h[::-1]
-
 def reversible(config, scheme='midpoint_a', a=None, h=None):
     """The GPTConfig of a reversible net with the weights of a standard one, whose config this is."""
+    if h is None and scheme == 'midpoint_a':
+        h = 'once'
     config = replace(config, scheme=scheme, a=a, h=h, stored_layers=None)
     if config.a == 'random':
         raise ValueError('midpoint_a of a trained model needs its a: give --bits=4, or --a=-0.0625')
-    if scheme == 'midpoint_a' and h is None:
-        return replace(config, a=config.per_layer('a'), h=step_sizes(config.per_layer('a')))
     return config
+
+def as_standard(config):
+    """The GPTConfig of the standard net, with the same weights, to which midpoint_a is near if h is 'once'."""
+    if config.scheme == 'standard':
+        return config
+    if config.scheme != 'midpoint_a' or config.h != step_sizes(config.per_layer('a')):
+        raise ValueError(f"{config.scheme} is near no standard net: only midpoint_a with h = 'once' is, as "
+                         "train.py --bits, --h=once and retrofit.py have it")
+    return replace(config, scheme='standard', a=None, h=None, stored_layers=None)
+
+def landed(config, left):
+    """
+    The GPTConfig of midpoint_a with |a| times left, and 1 / 256 at least. It is rounded to n / 2^k with n up
+    to 8: so it can be undone, a step needs few bits more than the one before, and n * v stays in its range.
+    """
+    def rounded(x):
+        size = max(abs(x) * left, 1 / 256)
+        grid = max(2.0**(math.ceil(math.log2(size)) - 3), 1 / 256)
+        return math.copysign(round(size / grid) * grid, x)
+
+    return replace(config, a=[rounded(x) for x in config.per_layer('a')], h='once')
 
 @torch.no_grad()
 def fit_range(model, idx, here):

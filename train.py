@@ -21,8 +21,8 @@ import torch
 
 from configurator import configure
 from memory import fitting, most_stored_layers, peak_memory
-from model import GPT, GPTConfig
-from pretrained import build, chosen, fit_range, new, same_tokens
+from model import GPTConfig
+from pretrained import as_standard, build, chosen, fit_range, landed, new, same_tokens
 from runtime import (adamw, agree, catch_signals, clip, cosine, count_parameters, distributed, leave,
                      load_run, make_room, micro_batches, open_data, open_log, pace, resumed, save_run, say,
                      seed_step, start, training_batches, validation_loss, windows, world)
@@ -55,9 +55,10 @@ class Knobs:
     slice_tokens: int = 8192
     # reversibility
     scheme: str | None = None               # None: leapfrog from scratch, else that of init_from
-    h: float | list | None = None           # step size
+    h: float | list | str | None = None     # step size; 'once' of midpoint_a: each output arrives once
     a: float | list | str | None = None     # of midpoint_a
     bits: int | None = None                 # makes a trained standard model reversible, with a = -1 / 2^bits
+    land_part: float = 0.0                  # the last part of the steps, in which |a| falls to 1 / 256
     stored_layers: int | str | None = None  # the last layers, which keep their graphs; 'auto': as many as fit
     memory_gb: float | None = None          # GB for 'auto'; None: nine tenths of the GPU's memory
     exact: bool = True                      # integer states; False: floats, as in the paper
@@ -134,6 +135,10 @@ else:
             raise ValueError(f'{name} = {value}, but {knobs.init_from} keeps {its}: leave {name} out')
 config = replace(config, **{name: given[name] for name in FREE}, **states)
 fitting(config, here)
+landing = knobs.land_part * knobs.max_iters     # steps
+departure = checkpoint.get('departure', config.a)
+if landing:
+    as_standard(replace(config, a=departure, h='once' if checkpoint else config.h))     # or an error
 theirs = not checkpoint and knobs.init_from != 'scratch'                # the weights come from another run
 if theirs:
     model, its_meta = build(knobs.init_from, here, **vars(config))
@@ -145,7 +150,8 @@ if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_siz
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
                      f"needed are {meta['vocab_size']} and {knobs.block_size}")
 if auto:
-    config.stored_layers = most_stored_layers(config, knobs, here)
+    # a landing ends with 8 bits in all layers
+    config.stored_layers = most_stored_layers(landed(config, 0) if landing else config, knobs, here)
 if theirs and config.scheme != 'standard' and config.exact and knobs.fractional_bits is None:
     fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0], here)
     config = model.config
@@ -156,7 +162,7 @@ if knobs.compile:
     model.compile_parts()
 parallel = distributed(model, here)
 batches = training_batches(train_data, knobs, step, here.device)
-columns = 'step loss lr grad_norm range_used tokens_per_s peak_gb mfu left val_loss'
+columns = 'step loss lr grad_norm range_used a tokens_per_s peak_gb mfu left val_loss'
 record = open_log(knobs.out_dir, columns, step)
 catch_signals()
 
@@ -167,8 +173,12 @@ flops_per_token = 6 * products + 12 * config.n_layer * config.n_embd * knobs.blo
 gpu = torch.cuda.get_device_name() if here.dtype == 'bfloat16' and here.kind == 'cuda' else ''
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
 
+def size_of_a(config):
+    return max(abs(x) for x in config.per_layer('a'))
+
 def save(*paths):
-    save_run(paths, model, optimizer, here, knobs, meta=meta, step=step, best_val_loss=best_val_loss)
+    save_run(paths, model, optimizer, here, knobs, meta=meta, step=step, best_val_loss=best_val_loss,
+             departure=departure)
 
 # -----------------------------------------------------------------------------
 # training
@@ -186,6 +196,9 @@ while step < knobs.max_iters:
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
+    if knobs.max_iters - step < landing:
+        config = landed(replace(config, a=departure), (knobs.max_iters - 1 - step) / landing)
+        model.config = config
     seed_step(knobs, step)
     model.largest = 0.0
     loss = 0.0
@@ -218,7 +231,7 @@ while step < knobs.max_iters:
         seconds = []
         mfu = speed * flops_per_token / (peak_flops * world) if peak_flops else None
         record(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, peak_gb=peak_memory(here.kind),
-               mfu=mfu, left=left, range_used=used)
+               mfu=mfu, left=left, range_used=used, a=size_of_a(config) if landing else None)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:
         val_loss = validation_loss(model, val_data, knobs, here)
         record(step, val_loss=val_loss)
@@ -228,5 +241,8 @@ while step < knobs.max_iters:
             paths.append(best)
         save(*paths)
 
+if landing and step == knobs.max_iters:
+    model.config = as_standard(config)
+    say(f'as the standard net: val_loss {validation_loss(model, val_data, knobs, here):.4f}')
 del parallel                                # which would keep the process group alive
 leave()

@@ -1,0 +1,112 @@
+"""
+What must be true of a landing, from midpoint_a to the standard net:  python -m pytest tests/test_landing.py
+"""
+import csv
+import signal
+import subprocess
+
+import pytest
+import torch
+
+from export import export
+from model import GPT, GPTConfig, step_sizes
+from pretrained import as_standard, build, landed
+from runtime import load_checkpoint
+from test_reversible import batch, build as tiny, error, gradients
+from test_scripts import SMALL, assert_same_weights, command, complaint, place, rows, run, train
+
+FLY = dict(SMALL, scheme='midpoint_a', a=-1, h='once', n_layer=3, dropout=0.1)
+LAND = dict(FLY, land_part=0.5)
+
+def test_once_is_one_over_the_layers_above_at_zero_bits():
+    config = GPTConfig(scheme='midpoint_a', a=-1, h='once', n_layer=4)
+    assert config.h == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
+    drawn = GPT(GPTConfig(scheme='midpoint_a', h='once', n_layer=4, n_embd=16, n_head=2, vocab_size=8)).config
+    assert drawn.h == step_sizes(drawn.a)
+
+@pytest.mark.parametrize('a', [-1.0, -1 / 16, [-1.0, -0.5, -0.25]], ids=str)
+def test_a_landing_falls_on_a_grid_that_can_be_undone(a):
+    config = GPTConfig(scheme='midpoint_a', a=a, h='once', n_layer=3)
+    sizes = []
+    for part in range(101):
+        now = landed(config, 1 - part / 100)
+        sizes.append([abs(x) for x in now.a])
+        assert now.h == step_sizes(now.a) and all(x < 0 for x in now.a)
+        assert all(step.bits <= 8 and abs(step.n) <= 8 for step in now.coefficients())
+    assert sizes[0] == [abs(x) for x in config.per_layer('a')] and sizes[-1] == [1 / 256] * 3
+    assert all(x >= y for one, other in zip(sizes, sizes[1:]) for x, y in zip(one, other))
+    assert max(x - y for one, other in zip(sizes, sizes[1:]) for x, y in zip(one, other)) <= 0.125
+
+@pytest.mark.parametrize('left', [0.9, 0.4, 0.1, 0.0])
+def test_gradients_on_the_way_are_equal_bit_for_bit(left):
+    """Stored and rebuilt, weights x8."""
+    config = landed(GPTConfig(scheme='midpoint_a', a=-1, h='once', n_layer=3), left)
+    fields = dict(scheme='midpoint_a', a=config.a, h=config.h, n_layer=3)
+    assert error(gradients(tiny(8, **fields)), gradients(tiny(8, stored_layers=3, **fields))) == 0
+
+def test_near_the_ground_it_is_the_standard_net():
+    """Weights x4: the logits of |a| = 1 / 256 are near those of the standard net, those of a = -1 are not."""
+    far = tiny(4, scheme='midpoint_a', a=-1, h='once').eval()
+    idx = batch()[0]
+    logits = far(idx)[0]
+    ground = far.config
+    far.config = landed(ground, 0)
+    near = far(idx)[0]
+    far.config = as_standard(ground)
+    standard = far(idx)[0]
+    assert (near - standard).norm() < 0.02 * standard.norm() < 0.2 * (logits - standard).norm()
+
+def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
+    said = run(place, 'train.py', out_dir='landed', **LAND)
+    config = load_checkpoint(str(place / 'landed' / 'last.pt'))['config']
+    assert config['a'] == [-1 / 256] * 3
+    last = float(rows(place, 'landed')[-1][-1])
+    standard = float(said.split('as the standard net: val_loss ')[1].split()[0])
+    assert standard == pytest.approx(last, abs=2e-3)
+    with open(place / 'landed' / 'log.csv', newline='') as file:
+        sizes = [float(row['a']) for row in csv.DictReader(file) if row['a']]
+    assert sizes[:4] == [1.0] * 4 and sizes[-1] == 1 / 256 and sizes == sorted(sizes, reverse=True)
+    words = command('train.py', **dict(LAND, out_dir='stopped', max_iters=8))
+    with subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step 5: loss'):
+                process.send_signal(signal.SIGTERM)
+        assert 'stopped at step' in line, 'it was too fast to be stopped'
+    stopped = load_checkpoint(str(place / 'stopped' / 'last.pt'))
+    assert stopped['departure'] == -1 and -1 < stopped['config']['a'][0] < -1 / 256
+    assert train(place, 'stopped', **{**LAND, 'init_from': 'resume'}) == rows(place, 'landed')
+    assert_same_weights(place, 'landed', 'stopped')
+
+def test_processes_and_shards_land_alike(place):
+    flags = dict(LAND, processes=2, gradient_accumulation_steps=2)
+    said = [run(place, 'train.py', out_dir=name, shard=name == 'shards', **flags)
+            for name in ('ddp', 'shards')]
+    assert_same_weights(place, 'ddp', 'shards')
+    assert len({text.split('as the standard net: ')[1] for text in said}) == 1
+
+@pytest.mark.parametrize('flags, words', [
+    (dict(scheme='leapfrog', a=None, h=None), "leapfrog is near no standard net: only midpoint_a with h ="),
+    (dict(h=0.25), "only midpoint_a with h = 'once' is"),
+    (dict(land_part=1.5), 'land_part = 1.5 must be from 0 to 1')])
+def test_what_cannot_land_is_one_sentence(place, flags, words):
+    assert words in complaint(place, 'train.py', **{**LAND, **flags})
+
+def test_export_as_the_standard_net_says_both_losses(place, capsys, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    train(place, 'to_export', **LAND)
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match='no other program computes .*: try --as_standard=True'):
+        export('to_export/last.pt', 'refused')
+    export('to_export/last.pt', 'deployed', standard=True)
+    said = capsys.readouterr().out
+    assert 'validation loss on data/tiny: ' in said and 'as the standard net' in said
+    ours, _ = build('deployed')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained('deployed').eval()
+    idx = torch.randint(256, (2, 12))
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(idx)[0][:, 0, :256], theirs(idx).logits[:, -1, :256], atol=1e-5)
+        greedy = theirs.generate(idx[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert greedy.tolist() == ours.generate(idx[:1], 4, temperature=0, vocab_size=256).tolist()
+    model = GPT(GPTConfig(scheme='leapfrog', n_layer=1, n_embd=16, n_head=2, vocab_size=8))
+    with pytest.raises(ValueError, match='leapfrog is near no standard net'):
+        as_standard(model.config)
