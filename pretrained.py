@@ -206,11 +206,11 @@ def from_pretrained(name, **overrides):
 
 def reversible(config, scheme='midpoint_a', a=None, h=None):
     """The GPTConfig of a reversible net with the weights of a standard one, whose config this is."""
-    if h is None and scheme == 'midpoint_a':
-        h = 'once'
     config = replace(config, scheme=scheme, a=a, h=h, stored_layers=None)
     if config.a == 'random':
         raise ValueError('midpoint_a of a trained model needs its a: give --bits=4, or --a=-0.0625')
+    if scheme == 'midpoint_a' and h is None:
+        return replace(config, a=config.per_layer('a'), h='once')
     return config
 
 def as_standard(config):
