@@ -20,9 +20,8 @@ from types import SimpleNamespace
 import torch
 
 from configurator import explain
-from evaluate import validation
-from pretrained import as_standard, FIELDS, THEIRS, build, find, read_json, tensors_of
-from runtime import load_checkpoint, save_checkpoint
+from pretrained import FIELDS, THEIRS, as_standard, build, find, read_json, same_tokens, tensors_of
+from runtime import load_checkpoint, open_data, save_checkpoint, validation_loss
 
 ARCHITECTURES = dict(gpt2=('transformer.', 'GPT2LMHeadModel'), llama=('model.', 'LlamaForCausalLM'))
 TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
@@ -64,12 +63,14 @@ def compare_losses(source, model, standard, meta):
     dataset = knobs.get('dataset', '')
     if not os.path.exists(f'data/{dataset}/val.bin'):
         return print('there are no data to compare the two losses on')
-    how = SimpleNamespace(block_size=knobs['block_size'], eval_windows=48, batch_size=4)
+    how = SimpleNamespace(dataset=dataset, block_size=knobs['block_size'], eval_windows=48, batch_size=4)
     here = SimpleNamespace(device=torch.device('cpu'), autocast=nullcontext())
+    its_meta, _, data = open_data(how)
+    same_tokens(source, meta, f'data/{dataset}', its_meta)
     losses = []
     for config in (model.config, standard):
         model.config = config
-        losses.append(validation(dataset, source, model, meta, how, here)['loss'])
+        losses.append(validation_loss(model, data, how, here))
     print('validation loss on data/{}: {:.4f}, as the standard net {:.4f}'.format(dataset, *losses))
 
 def to_transformers(model, meta, source, target):

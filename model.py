@@ -105,9 +105,9 @@ class GPTConfig:
         must(self.stored_layers in range(self.n_layer + 1), 'stored_layers must be from 0 to n_layer')
         must(self.h is None or self.scheme in DEFAULT_H, f'{self.scheme} has no h to choose: leave h out')
         must(self.a is None or self.scheme == 'midpoint_a', f'{self.scheme} has no a to choose: leave a out')
-        for name, value in ('a', self.a), ('h', self.h):
+        for name, word in ('a', 'random'), ('h', 'once'):       # a is drawn later, and h follows from a
             numbers = self.per_layer(name)
-            later = self.scheme == 'midpoint_a' and value == dict(a='random', h='once')[name]
+            later = self.scheme == 'midpoint_a' and getattr(self, name) == word
             unset = numbers == [None] * self.n_layer or later
             finite = all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
             right = unset or (finite and len(numbers) == self.n_layer)

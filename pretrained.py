@@ -214,7 +214,7 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
     return config
 
 def as_standard(config):
-    """The GPTConfig of the standard net, with the same weights, to which midpoint_a is near if h is 'once'."""
+    """The GPTConfig of the standard net with the same weights: midpoint_a is near to it if h is 'once'."""
     if config.scheme == 'standard':
         return config
     if config.scheme != 'midpoint_a' or config.h != step_sizes(config.per_layer('a')):

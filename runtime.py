@@ -167,7 +167,7 @@ def adamw(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95)):
 
 @torch.no_grad()
 def clip(model, most, here):
-    """Scales the gradient so that its norm is at most this, unless it is 0. Returns the norm from before."""
+    """Scales the gradient so that its norm is at most this; 0: no limit. Returns the norm from before."""
     grads = [local(w.grad) for w in model.parameters() if w.grad is not None]
     dtype = torch.float32 if here.kind == 'mps' else torch.float64      # where a sum's order does not show
     pieces = [piece for g in grads for piece in g.flatten().split(2**22)]       # of which it makes a copy
@@ -355,24 +355,25 @@ def free_memory():
         return 1024 * int(re.search(r'MemAvailable: *(\d+)', Path('/proc/meminfo').read_text())[1])
     return math.inf
 
-def room_to_save(model, optimizer, here):
+def room_to_save(model, optimizer):
     """ValueError if the first process cannot hold the weights and moments of a sharded model."""
     moments = [x for state in optimizer.state.values() for x in state.values()]
     needed = 4 * sum(x.numel() for x in (*model.parameters(), *moments))
     [free] = all_reduce(free_memory() if main else 0)
-    if here.mesh and needed > free:
+    if needed > free:
         raise ValueError(f'a checkpoint takes {needed / 1e9:.3g} GB of main memory in the first process, and '
                          f'{free / 1e9:.3g} GB are left there: make room; what was saved is unchanged')
 
 def save_run(paths, model, optimizer, here, knobs, **more):
     """Writes a checkpoint from which any number of processes can resume."""
-    room_to_save(model, optimizer, here)
     def keep(x):                            # the first process collects shards in its main memory
         if not here.mesh or not isinstance(x, torch.Tensor):
             return x
         x = whole(x)
         return x.cpu() if main else None
 
+    if here.mesh:
+        room_to_save(model, optimizer)
     tensors = {weight: keep(weight.detach()) for weight in model.parameters()}          # tied ones once
     weights = {name: tensors[weight] for name, weight in model.named_parameters(remove_duplicate=False)}
     states = tree_map(keep, optimizer.state_dict())

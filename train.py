@@ -135,10 +135,6 @@ else:
             raise ValueError(f'{name} = {value}, but {knobs.init_from} keeps {its}: leave {name} out')
 config = replace(config, **{name: given[name] for name in FREE}, **states)
 fitting(config, here)
-landing = knobs.land_part * knobs.max_iters     # steps
-departure = checkpoint.get('departure', config.a)
-if landing:
-    as_standard(replace(config, a=departure, h='once' if checkpoint else config.h))     # or an error
 theirs = not checkpoint and knobs.init_from != 'scratch'                # the weights come from another run
 if theirs:
     model, its_meta = build(knobs.init_from, here, **vars(config))
@@ -146,6 +142,10 @@ if theirs:
 else:
     model = new(config, here)
 config = model.config                       # with the a that was drawn
+landing = knobs.land_part * knobs.max_iters     # steps
+departure = checkpoint.get('departure', config.a)
+if landing:
+    as_standard(config)                     # raises an error if there is no way to it
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
                      f"needed are {meta['vocab_size']} and {knobs.block_size}")
@@ -172,9 +172,6 @@ products = sum(part.weight.numel() for part in model.modules() if isinstance(par
 flops_per_token = 6 * products + 12 * config.n_layer * config.n_embd * knobs.block_size
 gpu = torch.cuda.get_device_name() if here.dtype == 'bfloat16' and here.kind == 'cuda' else ''
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-
-def size_of_a(config):
-    return max(abs(x) for x in config.per_layer('a'))
 
 def save(*paths):
     save_run(paths, model, optimizer, here, knobs, meta=meta, step=step, best_val_loss=best_val_loss,
@@ -230,8 +227,9 @@ while step < knobs.max_iters:
         speed, left = pace(knobs, step, seconds)
         seconds = []
         mfu = speed * flops_per_token / (peak_flops * world) if peak_flops else None
+        size_of_a = max(abs(x) for x in config.per_layer('a')) if landing else None
         record(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, peak_gb=peak_memory(here.kind),
-               mfu=mfu, left=left, range_used=used, a=size_of_a(config) if landing else None)
+               mfu=mfu, left=left, range_used=used, a=size_of_a)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:
         val_loss = validation_loss(model, val_data, knobs, here)
         record(step, val_loss=val_loss)

@@ -5,7 +5,7 @@ output.
 
     python results/conversion.py --dataset=both --json=results/conversion.json
 
-The recurrence runs in floats here, since nothing is rebuilt. h is 1 / S of step_sizes() in pretrained.py
+The recurrence runs in floats here, since nothing is rebuilt. h is 1 / S of step_sizes() in model.py
 where a < 0, and 1 + a elsewhere. "mean" reads the output from the mean of the last two states.
 """
 import os
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import configure
-from pretrained import build, step_sizes
+from model import step_sizes
+from pretrained import build
 from results.table import open_table, provenance
 from runtime import open_data, start, windows
 

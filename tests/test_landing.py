@@ -77,6 +77,12 @@ def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     assert train(place, 'stopped', **{**LAND, 'init_from': 'resume'}) == rows(place, 'landed')
     assert_same_weights(place, 'landed', 'stopped')
 
+def test_an_a_that_is_drawn_lands_too(place):
+    run(place, 'train.py', out_dir='drawn', **{**LAND, 'a': 'random'})
+    checkpoint = load_checkpoint(str(place / 'drawn' / 'last.pt'))
+    assert [abs(x) for x in checkpoint['config']['a']] == [1 / 256] * 3
+    assert all(abs(x) >= 0.5 for x in checkpoint['departure'])
+
 def test_processes_and_shards_land_alike(place):
     flags = dict(LAND, processes=2, gradient_accumulation_steps=2)
     said = [run(place, 'train.py', out_dir=name, shard=name == 'shards', **flags)
@@ -87,6 +93,7 @@ def test_processes_and_shards_land_alike(place):
 @pytest.mark.parametrize('flags, words', [
     (dict(scheme='leapfrog', a=None, h=None), "leapfrog is near no standard net: only midpoint_a with h ="),
     (dict(h=0.25), "only midpoint_a with h = 'once' is"),
+    (dict(a='random', h=0.25), "only midpoint_a with h = 'once' is"),
     (dict(land_part=1.5), 'land_part = 1.5 must be from 0 to 1')])
 def test_what_cannot_land_is_one_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**LAND, **flags})
