@@ -8,6 +8,7 @@ The command line of the scripts. Files and flags set the knobs, fields of a data
 import ast
 import difflib
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -28,6 +29,10 @@ RANGES = [              # the least and the largest value of these knobs
 CHOICES = dict(device=['auto', 'cuda', 'mps', 'cpu'], dtype=['auto', 'float32', 'bfloat16', 'float16'],
                norm=['layernorm', 'rmsnorm'], mlp=['gelu', 'swiglu'], gelu=['erf', 'tanh'], sign=[1, -1],
                conversion=['midpoint_a', 'midpoint_sum', 'symplectic'])
+INSTEAD = dict(         # of names in nanoGPT, and in older versions of this repository
+    eval_iters='eval_windows, in sequences', eval_only='evaluate.py', wandb_log='log.csv in out_dir',
+    wandb_project='nothing', wandb_run_name='nothing', backend='nothing', compile='nothing', prompt='start',
+    always_save_checkpoint='nothing, last.pt is always written')
 
 def configure(Knobs, argv):
     """An instance of the dataclass Knobs with the values from argv."""
@@ -37,11 +42,17 @@ def configure(Knobs, argv):
     types = inspect.get_annotations(Knobs)
     values = {}
     for arg in argv:
-        values.update(read_flag(arg, types) if arg.startswith('--') else read_file(arg))
-    for name in values.keys() - types.keys():
-        near = difflib.get_close_matches(name, types, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown name '{name}': did you mean '{near}'? --help lists all")
+        values.update(read_flag(arg, types) if arg.startswith('--') else read_file(arg, types))
+    unknown = [advice(name, types) for name in values if name not in types]
+    if unknown:
+        raise ValueError(f"unknown here: {', '.join(unknown)}; --help lists what is known")
     return Knobs(**{name: checked(name, value, types[name]) for name, value in values.items()})
+
+def advice(name, types):
+    if name in INSTEAD:
+        return f'{name} (instead: {INSTEAD[name]})'
+    near = difflib.get_close_matches(name, types, n=1, cutoff=0.8)      # a slip, not another word
+    return f'{name} (did you mean {near[0]}?)' if near else name
 
 def read_flag(arg, types):
     name, equals, value = arg[2:].partition('=')
@@ -52,16 +63,30 @@ def read_flag(arg, types):
             value = ast.literal_eval(value)
     return {name: value}
 
-def read_file(path):
+def read_file(path, types):
     """The names and values of a config file, which is not executed."""
     if not Path(path).is_file():
         raise ValueError(f'there is no config file {path}: flags start with --, as in --batch_size=8')
+    content = Path(path).read_bytes()
+    values = {}
+    number = None
     try:
-        code = ast.parse(Path(path).read_bytes())
-        lines = code.body[1:] if ast.get_docstring(code) else code.body
-        return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except Exception:                       # other code may raise anything here
-        raise ValueError(f'{path} may hold comments and lines such as "n_layer = 8", nothing else') from None
+        code = ast.parse(content)
+        for line in code.body[1:] if ast.get_docstring(code) else code.body:
+            number = line.lineno
+            if not isinstance(line, ast.Import):            # which nothing here needs
+                name = line.targets[0].id
+                values[name] = value_of(line.value) if name in types else None
+    except Exception as error:              # other code may raise anything here
+        where = f'line {number or getattr(error, "lineno", 1)} of {path}'
+        raise ValueError(f'{where} is not of the kind "n_layer = 8", as all but comments must be') from None
+    return values
+
+def value_of(node):
+    """A literal, or a product of numbers such as 5 * 8."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return ast.literal_eval(node)
+    return operator.index(value_of(node.left)) * operator.index(value_of(node.right))
 
 def checked(name, value, right):
     """The value, if it is of the right type and in its range. A whole number will do for a float."""
@@ -81,6 +106,8 @@ def checked(name, value, right):
 
 def explain(kind, error, trace):
     """The sys.excepthook of all scripts: a sentence for what a user can mend, a traceback for all else."""
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as in sample.py | head
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     place = traceback.extract_tb(trace)[-1]
     root = os.path.dirname(os.path.realpath(__file__))
     ours = os.path.realpath(place.filename).startswith(root) and 'site-packages' not in place.filename
@@ -90,6 +117,8 @@ def explain(kind, error, trace):
         said = 'out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps'
     elif sentence or isinstance(error, OSError):
         pass
+    elif 'C++ compiler' in said or 'working triton' in said:
+        said = 'torch.compile needs a C++ compiler, on a GPU also Triton: install them, or --compile=False'
     elif kind.__name__.startswith('Dist') or 'onnection' in said or 'imed out' in said:
         said = 'this process has lost the others: look for the first that failed in the report of torchrun'
     else:

@@ -102,9 +102,15 @@ def plain(text):
 # scoring
 
 def tokens_of_pair(encode, context, continuation):
-    """Tokens of both, as the whole text has them. Spaces that end the context belong to the continuation."""
+    """
+    Tokens of both, as the whole text has them. A token that has characters of both, or spaces that end the
+    context, belongs to the continuation.
+    """
     before = encode(context.rstrip())
-    return before, encode(context + continuation)[len(before):]
+    tokens = encode(context + continuation)
+    differ = [j for j, (one, other) in enumerate(zip(before, tokens)) if one != other]
+    n = min([len(before), *differ])
+    return tokens[:n], tokens[n:]
 
 @torch.no_grad()
 def log_likelihoods(model, pairs, batch_size, autocast, title=''):

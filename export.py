@@ -2,7 +2,7 @@
 Writes a standard model in a form that other programs read.
 
     python export.py out/best.pt some/folder        # for from_pretrained() of transformers, and for ours
-    python export.py out/best.pt ckpt.pt            # for sample.py of nanoGPT, if the tokens are GPT-2's
+    python export.py out/best.pt ckpt.pt            # for sample.py of nanoGPT: GPT-2's tokens, or characters
     python export.py out/last.pt some/folder --as_standard=True     # midpoint_a, as the standard net
 
 The model is anything that our from_pretrained() takes. train.py of nanoGPT resumes only its own checkpoints.
@@ -10,6 +10,7 @@ The model is anything that our from_pretrained() takes. train.py of nanoGPT resu
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,9 @@ from types import SimpleNamespace
 import torch
 
 from configurator import explain
-from pretrained import FIELDS, THEIRS, as_standard, build, find, read_json, same_tokens, tensors_of
+from data.download import write_atomically
+from pretrained import (FIELDS, THEIRS, as_standard, build, find, is_checkpoint, read_json, same_tokens,
+                        tensors_of)
 from runtime import load_checkpoint, open_data, save_checkpoint, validation_loss
 
 ARCHITECTURES = dict(gpt2=('transformer.', 'GPT2LMHeadModel'), llama=('model.', 'LlamaForCausalLM'))
@@ -52,14 +55,23 @@ def export(source, target, standard=False):
         raise ValueError(f'{source} is no model of nanoGPT: name a folder instead, for transformers')
     names = 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()
     checkpoint = dict(model=model.state_dict(), model_args={name: getattr(config, name) for name in names})
-    save_checkpoint([target], dict(checkpoint, iter_num=0, best_val_loss=math.inf, config={}))
+    said = f'{target} is written'
     if config.gelu == 'tanh':
-        return f'{target} is written: nanoGPT computes GELU by erf, not by tanh, so logits agree to 1e-4'
-    return f'{target} is written'
+        said += ': nanoGPT computes GELU by erf, not by tanh, so logits agree to 1e-4'
+    its = {}
+    if meta['encoding'] == 'chars':
+        its = dict(dataset='chars')
+        beside = os.path.join(os.path.dirname(target), 'meta.pkl')
+        itos = dict(enumerate(meta['chars']))
+        theirs = dict(vocab_size=len(itos), itos=itos, stoi={c: i for i, c in itos.items()})
+        write_atomically(beside, pickle.dumps(theirs))
+        said += f". Its characters are in {beside}: nanoGPT's sample.py needs that file in its data/chars"
+    save_checkpoint([target], dict(checkpoint, iter_num=0, best_val_loss=math.inf, config=its))
+    return said
 
 def compare_losses(source, model, standard, meta):
     """Prints the validation loss of the model, and that as this standard net, if its data are here."""
-    knobs = load_checkpoint(source, ('model', 'config')).get('knobs', {}) if source.endswith('.pt') else {}
+    knobs = load_checkpoint(source, ('model', 'config')).get('knobs', {}) if is_checkpoint(source) else {}
     dataset = knobs.get('dataset', '')
     if not os.path.exists(f'data/{dataset}/val.bin'):
         return print('there are no data to compare the two losses on')
@@ -78,7 +90,7 @@ def to_transformers(model, meta, source, target):
     encoding = meta['encoding']
     home = meta.get('model', source)            # where its tokenizer is, if it has one
     copies = []
-    if encoding in ('tokenizer.json', 'gpt2') and not home.endswith('.pt'):
+    if encoding in ('tokenizer.json', 'gpt2') and not is_checkpoint(home):
         copies = [find(home, file, needed=False) for file in TOKENIZER]
     ends = dict(bos_token_id=50256, eos_token_id=50256) if encoding == 'gpt2' else {}
     if encoding == 'tokenizer.json':

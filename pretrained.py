@@ -9,6 +9,7 @@ Weights and tokenizers of pretrained models: where they are found, and how their
 Files in the cache of the Hugging Face hub (HF_HOME) are used where they are. Others are downloaded, to
 weights/, from https://huggingface.co or HF_ENDPOINT, with HF_TOKEN if it is set, unless HF_HUB_OFFLINE=1.
 """
+import hashlib
 import json
 import math
 import os
@@ -24,17 +25,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment        # torch brings i
 
 from data.download import download, gpt2_encoding
 from model import GPT, GPTConfig, step_sizes
-from runtime import fill, load_checkpoint, say, shard
+from runtime import fill, load_checkpoint, read_meta, say, shard
 
 def find(name, *files, needed=True):
     """The path of the first of these files that a model has, here or on the hub; None if it has none."""
     places = [Path(name)]
     if not places[0].is_dir():
         name = re.sub('^gpt2(-medium|-large|-xl)?$', r'openai-community/\g<0>', name)
-        if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+        if places[0].exists() or not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
             raise ValueError(f"'{name}' is neither a folder nor a model of the hub: give organization/name")
-        home = os.environ.get('HF_HOME', '~/.cache/huggingface')
-        newest = Path(home, f"hub/models--{name.replace('/', '--')}/refs/main").expanduser()
+        home = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache'), 'huggingface')
+        hub = os.environ.get('HF_HUB_CACHE', Path(os.environ.get('HF_HOME', home), 'hub'))
+        newest = Path(hub, f"models--{name.replace('/', '--')}/refs/main").expanduser()
         snapshot = newest.read_text().strip() if newest.is_file() else 'none'
         places = [Path('weights', name), newest.parents[1] / 'snapshots' / snapshot]
     for path in [place / file for file in files for place in places]:
@@ -57,6 +59,8 @@ def sound(what):
     """Around code that reads this: damage may raise anything, and becomes one sentence."""
     try:
         yield
+    except OSError:                         # of a file that cannot be read now, which may be whole
+        raise
     except Exception as error:
         reason = str(error).partition('\n')[0]
         raise ValueError(f'{what} cannot be read ({reason}): fetch it again, or use another model') from None
@@ -77,10 +81,14 @@ def read_weights(name):
         with sound(path), open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')     # of the JSON header, which the tensors follow
             header = json.loads(file.read(length))
-            for key in header.keys() - {'__metadata__'}:
+            foreign = {x['dtype'] for key, x in header.items() if key != '__metadata__'} - DTYPES.keys()
+            for key in header.keys() - {'__metadata__'} if not foreign else ():
                 start, end = header[key]['data_offsets']
                 content = torch.from_numpy(np.memmap(file, np.uint8, 'c', 8 + length + start, end - start))
                 tensors[key] = content.view(DTYPES[header[key]['dtype']]).view(header[key]['shape'])
+        if foreign:
+            raise ValueError(f'{path} has tensors of {min(foreign)}, as quantized models have: use the model '
+                             'that was quantized')
     return tensors
 
 # -----------------------------------------------------------------------------
@@ -91,7 +99,7 @@ LLAMA = {'h.': 'layers.', 'wte': 'embed_tokens', 'ln_f': 'norm', 'ln_1': 'input_
          'ln_2': 'post_attention_layernorm', '.attn.': '.self_attn.', 'self_attn.c_proj': 'self_attn.o_proj',
          'mlp.c_proj': 'mlp.down_proj'}
 STACKED = dict(c_attn=('q_proj', 'k_proj', 'v_proj'), c_fc=('gate_proj', 'up_proj'))
-PREFIX = re.compile(r'^(_orig_mod\.)?(transformer\.|model\.)?')         # _orig_mod: a compiled nanoGPT
+PREFIX = re.compile(r'^((_orig_mod|module)\.)*(transformer\.|model\.)?')      # compiled, or in a DDP
 BUFFERS = '.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'     # in files of older versions
 FIELDS = 'block_size vocab_size n_layer n_head n_embd n_inner norm_eps tied n_kv_head rope_theta'.split()
 THEIRS = dict(                                  # names of these fields in config.json
@@ -99,6 +107,8 @@ THEIRS = dict(                                  # names of these fields in confi
     llama='max_position_embeddings vocab_size num_hidden_layers num_attention_heads hidden_size '
           'intermediate_size rms_norm_eps tie_word_embeddings num_key_value_heads rope_theta')
 OPENAI = dict(encoding='gpt2', vocab_size=50257)        # the meta of their tokens
+OPENAI_SHA256 = '82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5'
+OPENAI_NAMES = r'(openai-community/)?gpt2(-medium|-large|-xl)?'
 GELU = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
 
 def tensors_of(model, family):
@@ -127,31 +137,46 @@ def read_config(name):
         rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
         theirs = dict(n_inner=None, num_key_value_heads=None, rope_theta=1e4, activation_function='gelu_new',
                       tie_word_embeddings=family == 'gpt2') | theirs | rope
-        only = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, hidden_act='silu',
-                    rope_type='default', type='default', factor=None)
-        other = {key: theirs[key] for key in only if theirs.get(key, only[key]) != only[key]}
-        if family not in THEIRS or other:
-            raise ValueError(f'{family} {other} is not supported')
-        config = {ours: theirs[key] for ours, key in zip(FIELDS, THEIRS[family].split())}
-        if family == 'llama':
-            return family, dict(config, norm='rmsnorm', mlp='swiglu', bias=False, scheme='standard')
-        return family, dict(config, gelu=GELU[theirs['activation_function']], scheme='standard')
+        theirs['rope_type'] = rope.get('rope_type', rope.get('type', 'default'))
+        only = dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], rope_type=['default'],
+                    hidden_act=['silu', 'swish'], activation_function=list(GELU))
+        other = {key: theirs[key] for key in only if key in theirs and theirs[key] not in only[key]}
+        supported = family in THEIRS and not other
+        if supported:
+            config = {ours: theirs[key] for ours, key in zip(FIELDS, THEIRS[family].split())}
+    if not supported:
+        raise ValueError(f'{name}: {family} {other} is not supported, use another model')
+    if family == 'llama':
+        return family, dict(config, norm='rmsnorm', mlp='swiglu', bias=False, scheme='standard')
+    return family, dict(config, gelu=GELU[theirs['activation_function']], scheme='standard')
+
+def is_checkpoint(name):
+    return name.endswith('.pt') or Path(name).is_file()
 
 def load(name):
     """(fields of GPTConfig, (family, tensors), how text became tokens) of a model of any kind."""
-    if not name.endswith('.pt'):
+    if is_checkpoint(name):
+        checkpoint = load_checkpoint(name, ('model', 'config'))
+        family = 'nanogpt'
+        tensors = checkpoint['model']
+        if 'model_args' in checkpoint:          # of nanoGPT
+            config = dict(checkpoint['model_args'], scheme='standard', gelu='erf')
+            meta = tokens_of_nanogpt(config['vocab_size'], checkpoint['config'].get('dataset', ''))
+        else:                                   # of ours. Older ones do not say that they have these
+            config = dict(gelu='tanh') | checkpoint['config'] | dict(stored_layers=None)
+            if config['scheme'] != 'standard':
+                config.setdefault('state_bits', 64)
+            meta = checkpoint['meta']
+    else:
         family, config = read_config(name)
-        return config, (family, read_weights(name)), tokens_of(name)
-    checkpoint = load_checkpoint(name, ('model', 'config'))
-    if 'model_args' in checkpoint:              # of nanoGPT
-        config = dict(checkpoint['model_args'], scheme='standard', gelu='erf')
-        meta = OPENAI if config['vocab_size'] >= 50257 else dict(encoding='unknown')
-    else:                                       # of ours. Older ones do not say that they have these
-        config = dict(gelu='tanh') | checkpoint['config'] | dict(stored_layers=None)
-        if config['scheme'] != 'standard':
-            config.setdefault('state_bits', 64)
-        meta = checkpoint['meta']
-    return config, ('nanogpt', checkpoint['model']), meta
+        tensors = read_weights(name)
+        meta = tokens_of(name)
+    tensors = {PREFIX.sub('', key): tensor for key, tensor in tensors.items() if not key.endswith(BUFFERS)}
+    if config.get('tied', True) and 'lm_head.weight' in tensors:        # a file may have one of the two, or
+        head = tensors['lm_head.weight']                                # both, and these need not be equal
+        embedding = 'embed_tokens.weight' if family == 'llama' else 'wte.weight'
+        config['tied'] = torch.equal(tensors.setdefault(embedding, head), head)
+    return config, (family, tensors), meta
 
 def empty(config, here=None):
     """A GPT whose weights are not set yet, on the device; with --shard, this process's part of it."""
@@ -183,7 +208,6 @@ def build(name, here=None, **overrides):
     """(model, how its text became tokens) of what load() takes, with fields of GPTConfig to change."""
     config, (family, tensors), meta = load(name)
     model = empty(GPTConfig(**{**config, **overrides}), here)
-    tensors = {PREFIX.sub('', key): tensor for key, tensor in tensors.items() if not key.endswith(BUFFERS)}
     if model.config.tied:
         tensors.pop('lm_head.weight', None)
     for source, weight, rows, turned in tensors_of(model, family):
@@ -265,43 +289,89 @@ def chosen(knobs):
 
 def tokens_of(name):
     """How text becomes tokens for a model, as meta.json says it of a data set."""
-    if name.endswith('.pt'):
+    if is_checkpoint(name):
         return load(name)[2]
+    if re.fullmatch(OPENAI_NAMES, name) and not Path(name).is_dir():
+        return OPENAI
     family, config = read_config(name)
     if Path(name, 'meta.json').exists():        # of export.py
         return read_json(Path(name, 'meta.json'))
-    if family == 'gpt2':                        # with its own tokenizer, or with OpenAI's: ' gazed' is 50255
+    if family == 'gpt2':
         own = find(name, 'tokenizer.json', needed=False)
-        if not own or r'"\u0120gazed": 50255' in json.dumps(read_json(own)):
-            return OPENAI if config['vocab_size'] >= 50257 else dict(encoding='unknown')
+        if config['vocab_size'] >= 50257 and openais(name, own):
+            return OPENAI
+        if not own:
+            return dict(encoding='unknown', advice='save its tokenizer.json there, with transformers')
     return dict(encoding='tokenizer.json', model=Path(name).as_posix(), vocab_size=config['vocab_size'])
+
+def openais(name, own):
+    """Whether a model has GPT-2's vocabulary, merges and end of text. own: its tokenizer.json, or None."""
+    end = '<|endoftext|>'
+    if own:
+        content = read_json(own)
+        with sound(own):
+            vocab, merges = content['model']['vocab'], content['model']['merges']
+            added = {token['content']: token['id'] for token in content['added_tokens']}
+            plain = not content.get('normalizer') and not content['pre_tokenizer']['add_prefix_space']
+    else:                                       # the older two files
+        files = [find(name, file, needed=False) for file in ('vocab.json', 'merges.txt')]
+        if None in files or find(name, 'added_tokens.json', needed=False):
+            return False
+        vocab = read_json(files[0])
+        merges = [line for line in files[1].read_text('utf-8').split('\n')[1:] if line]
+        added, plain = {end: vocab.get(end)}, True
+    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
+    tokens = [token for token in sorted(vocab, key=vocab.get) if token != end]
+    sha256 = hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
+    return sha256 == OPENAI_SHA256 and added == {end: 50256} and plain
+
+def tokens_of_nanogpt(vocab_size, dataset):
+    """nanoGPT names its data, whose folder has the characters, and pads GPT-2's tokens to 50304."""
+    meta = read_meta(Path('data', dataset))
+    if meta.get('encoding') == 'chars' and meta['vocab_size'] == vocab_size:
+        return meta
+    if vocab_size in (50257, 50304):
+        return OPENAI
+    return dict(encoding='unknown', advice=f"copy nanoGPT's folder data/{dataset}, with meta.pkl, to data/")
 
 def tokenizer(meta):
     """(text -> tokens, tokens -> text), as a data set was encoded; meta is its meta.json."""
     if meta['encoding'] == 'bytes':
-        return (lambda text: list(text.encode(errors='surrogateescape')),
+        return (lambda text, special=True: list(text.encode(errors='surrogateescape')),
                 lambda tokens: bytes(tokens).decode(errors='replace'))
     if meta['encoding'] == 'chars':
-        def encode(text):
-            for c in text:
-                if c not in meta['chars']:
-                    raise ValueError(f"the model has no token for {c!r}, only for {meta['chars']!r}")
-            return [meta['chars'].index(c) for c in text]
+        ids = {c: i for i, c in enumerate(meta['chars'])}
+        def encode(text, special=True):
+            for c in sorted(set(text) - ids.keys()):
+                raise ValueError(f"the model has no token for {c!r}, only for {meta['chars']!r}")
+            return [ids[c] for c in text]
         return encode, lambda tokens: ''.join(meta['chars'][i] for i in tokens)
     if meta['encoding'] == 'tokenizer.json':
         path = find(meta['model'], 'tokenizer.json')
         if not find_spec('tokenizers'):         # nothing else needs it
             raise ValueError(f"the tokenizer of {meta['model']} needs a package: pip install tokenizers")
-        with sound(path):
-            import tokenizers
+        import tokenizers
+        read_json(path)
+        try:
             own = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:              # it has no other kind
+            raise ValueError(f'tokenizers {tokenizers.__version__} cannot read {path} ({error}): '
+                             'pip install -U tokenizers, or fetch the file again') from None
         own.no_truncation()                     # which fine-tuning scripts leave behind
         own.no_padding()
-        return lambda text: own.encode(text).ids, own.decode
+        def encode(text, special=True):
+            tokens = own.encode(text, add_special_tokens=special).ids
+            last = max(tokens, default=0)
+            if last >= meta['vocab_size']:
+                raise ValueError(f"{own.id_to_token(last)!r} is token {last}, and the model has only "
+                                 f"{meta['vocab_size']}: take it out of the text")
+            return tokens
+        return encode, own.decode
     if meta['encoding'] != 'gpt2':
-        raise ValueError('the model does not say how its text became tokens: use another model')
+        raise ValueError('the model does not say how its text became tokens: '
+                         + meta.get('advice', 'use another model'))
     gpt2 = gpt2_encoding()
-    return lambda text: gpt2.encode(text, allowed_special='all'), gpt2.decode
+    return lambda text, special=True: gpt2.encode(text, allowed_special='all'), gpt2.decode
 
 def conversation(meta, question):
     """The text that asks a chat model a question, in its own template, up to where its answer begins."""
@@ -316,8 +386,10 @@ def conversation(meta, question):
 
 def ends_of_text(meta):
     """The tokens, if there are any, that say that a text has ended."""
-    if meta['encoding'] == 'tokenizer.json':
-        end = read_json(find(meta['model'], 'config.json')).get('eos_token_id')
+    if meta['encoding'] == 'tokenizer.json':    # a chat model may have several in the first file
+        paths = [find(meta['model'], f'{x}.json', needed=False) for x in ('generation_config', 'config')]
+        ends = [read_json(path).get('eos_token_id') for path in filter(None, paths)]
+        end = next((end for end in ends if end is not None), [])
         return end if isinstance(end, list) else [end]
     return [50256] if meta['encoding'] == 'gpt2' else []
 

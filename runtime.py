@@ -3,16 +3,21 @@ What the scripts share around their loops: processes, data, AdamW, checkpoints, 
 Every process runs the same lines; only the first prints and writes.
 """
 import csv
+import errno
 import gc
+import getpass
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
+import sys
+import tempfile
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,13 +36,23 @@ world = int(os.environ.get('WORLD_SIZE', 1))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 main = rank == 0                            # this one prints and writes
 signals = []                                # those that asked this process to stop; torchrun forwards its own
+ENCODINGS = 'bytes', 'chars', 'gpt2', 'tokenizer.json', 'unknown'          # in which text became tokens
 
 # -----------------------------------------------------------------------------
 # processes, device and dtype
 
+# torch.compile keeps code on the disk by a key without the width of the processor's vectors: where two kinds
+# share a folder, the numbers may be wrong (torch 2.13). So each kind has its own
+kind = f'torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}'
+os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(tempfile.gettempdir(), kind))
+
 def say(*args):
     if main:
-        print(*args, flush=True)
+        try:
+            print(*args, flush=True)
+        except BrokenPipeError:             # nobody reads on, as in train.py | head: like Ctrl-C
+            sys.stdout = open(os.devnull, 'w')
+            signals.append('SIGPIPE')
 
 def catch_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,14 +101,14 @@ def all_reduce(*numbers, how='SUM'):
 # training, and validation
 
 def open_data(knobs):
-    """meta.json (how text became tokens), the tokens for training, and those for validation."""
+    """How text became tokens, the tokens for training, and those for validation."""
     folder = Path('data', knobs.dataset)
     prepare = folder / 'prepare.py'
-    if not prepare.exists():
+    if knobs.dataset == 'text' or not prepare.exists():
         prepare = f'data/text/prepare.py FILES --name={knobs.dataset}'
     sound = False
-    with suppress(Exception):               # damage may raise anything
-        meta = json.loads((folder / 'meta.json').read_bytes())
+    meta = read_meta(folder)
+    with unless_damaged():
         paths = folder / 'train.bin', folder / 'val.bin'
         train, val = (np.memmap(path, meta['dtype'], 'r') for path in paths)
         sound = local_rank > 0              # one process per machine reads all: some seconds per gigabyte
@@ -101,10 +116,32 @@ def open_data(knobs):
             sums = dict(meta=crc32_of_fields(meta), train=crc32(paths[0]), val=crc32(paths[1]))
             sound = (meta.get('crc32') or sums) == sums and max(train.max(), val.max()) < meta['vocab_size']
     if not sound:
-        raise ValueError(f'no data, or {folder} is not as it was prepared: run "python {prepare}" first')
+        raise ValueError(f'no data, or {folder} is not as it was prepared: run "python {prepare}" first; '
+                         "without meta.json and meta.pkl all tokens must be GPT-2's")
+    if meta.get('encoding') not in ENCODINGS or not isinstance(meta.get('chars', ''), str):
+        raise ValueError(f'{folder}/meta.json must have an "encoding": "bytes", "gpt2", "tokenizer.json" '
+                         'with its "model", or "chars" with "chars", all of them in one text')
     if min(len(train), len(val)) <= knobs.block_size:
         raise ValueError(f'{folder} has too few tokens for block_size = {knobs.block_size}: choose less')
     return meta, train, val
+
+def read_meta(folder):
+    """How text became tokens: meta.json, or what nanoGPT's prepare.py leaves. {} if neither can be read."""
+    with unless_damaged():
+        if there(folder / 'meta.json'):
+            return dict(json.loads((folder / 'meta.json').read_bytes()))
+        if not there(folder / 'meta.pkl'):  # there all tokens are GPT-2's
+            return dict(encoding='gpt2', vocab_size=50257, dtype='uint16')
+        with open(folder / 'meta.pkl', 'rb') as file:
+            theirs = PlainUnpickler(file).load()
+        chars = ''.join(theirs['itos'][i] for i in range(theirs['vocab_size']))
+        return dict(encoding='chars', vocab_size=len(chars), dtype='uint16', chars=chars)
+    return {}
+
+class PlainUnpickler(pickle.Unpickler):
+    """Of dict, str and int alone: a pickle could call anything."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'{module}.{name}')
 
 def windows(data, starts, T, device):
     """Inputs and targets, both (rows, T), from these positions in the data."""
@@ -313,26 +350,55 @@ def save_checkpoint(paths, checkpoint):
         raise ValueError(f'{paths[0]} cannot be written ({error}): make room; what was there is unchanged')
 
 def load_checkpoint(path, dicts=('model', 'config', 'meta')):
-    """The dict of save_checkpoint(), which must hold these dicts."""
-    if not os.path.isfile(path):
+    """The dict of save_checkpoint(), which must hold these dicts. OSError if the file cannot be read now."""
+    if not there(path):
         raise ValueError(f'there is no checkpoint {path}')
-    sound = False
-    with suppress(Exception), zipfile.ZipFile(path) as file:        # damage may raise anything
-        packed = any(entry.compress_type for entry in file.infolist())          # it might grow to any size
-        damaged = local_rank == 0 and file.testzip()                # torch.load looks at no checksums
+    checkpoint = None
+    said = f'{path} is damaged, cut off, or not written by torch.save: use another one'
+    with unless_damaged():
+        with open(path, 'rb') as stream, zipfile.ZipFile(stream) as file:
+            packed = any(entry.compress_type for entry in file.infolist())      # it might grow to any size
+            damaged = local_rank == 0 and file.testzip()            # torch.load looks at no checksums
         if not packed and not damaged:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-            sound = all(isinstance(checkpoint[name], dict) for name in dicts)
-    if not sound:
-        raise ValueError(f'{path} is damaged, cut off, or not a checkpoint of these scripts: use another one')
+            try:
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            except pickle.UnpicklingError as error:
+                what = re.findall(r'GLOBAL ([\w.]+)', str(error)) or ['unknown']
+                said = f'{path} holds Python objects ({what[0]}), which are not loaded: save plain values'
+    if checkpoint is None:
+        raise ValueError(said)
+    if not isinstance(checkpoint, dict) or all(isinstance(x, torch.Tensor) for x in checkpoint.values()):
+        raise ValueError(f'{path} holds weights alone, without their config: use a checkpoint of train.py')
+    missing = [name for name in dicts if not isinstance(checkpoint.get(name), dict)]
+    if missing:
+        raise ValueError(f'{path} is no checkpoint of these scripts, it has no {missing[0]}: use another one')
     return checkpoint
+
+@contextmanager
+def unless_damaged():
+    """Passes over what damage raises, which may be anything. An unreadable file is not a damaged one."""
+    try:
+        yield
+    except OSError as error:                # damage may send a reader to before the first byte: EINVAL
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
+    except Exception:
+        pass
+
+def there(path):
+    """Whether a file or folder exists. OSError if that cannot be known now: it must not pass for missing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 def restarted(last):
     """Whether this run of torchrun, by its id, wrote the checkpoint last, and should continue from it."""
     run = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
     if run == 'none' and int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
         raise ValueError('with --max_restarts torchrun needs a name for this run: give it as --rdzv_id=NAME')
-    return run != 'none' and os.path.exists(last) and load_checkpoint(last).get('run') == run
+    return run != 'none' and there(last) and load_checkpoint(last).get('run') == run
 
 def resumed(last, knobs, meta, names):
     """The checkpoint last, or {} for a new run. Its data and these of its knobs must be those of now."""
@@ -408,6 +474,8 @@ def open_log(folder, columns, step):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f'{folder} is in use by another run: choose another --out_dir') from None
+    except OSError:                         # some file systems have none either
+        pass
     log.seek(0)
     rows = re.finditer(r'(?m)^(\d+),[ -~]*\r?\n', log.read()) if step else []
     kept = [row.end() for row in rows if int(row[1]) <= step]       # a killed run has logged later steps

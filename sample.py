@@ -1,9 +1,10 @@
 """
 Writes text with a model of train.py or retrofit.py, or with a pretrained one, token by token.
 
-    python sample.py --init_from=out_python/best.pt --prompt="def main(" --max_new_tokens=300
-    python sample.py --init_from=gpt2 --prompt="Once upon a time" --temperature=0       # the likeliest tokens
-    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True --prompt="What is gold?"
+    python sample.py --out_dir=out_python --start="def main(" --max_new_tokens=300
+    python sample.py --init_from=gpt2 --start="Once upon a time" --temperature=0        # the likeliest tokens
+    python sample.py --init_from=gpt2 --start=FILE:prompt.txt
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True --start="What is gold?"
 """
 import sys
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import torch
 
 import runtime
 from configurator import configure
+from data.download import read_text
 from pretrained import build, conversation, ends_of_text, tokenizer, turn_weights
 
 @dataclass
 class Knobs:
-    init_from: str = 'out/best.pt'          # a checkpoint, or anything from_pretrained takes, such as gpt2
-    prompt: str = '\n'
-    chat: bool = False                      # the prompt is a question to a chat model, in its own template
+    init_from: str = 'resume'               # the best model of out_dir, or what from_pretrained takes: gpt2
+    out_dir: str = 'out'
+    start: str = '\n'                       # how the text starts; FILE:prompt.txt: as that file says
+    chat: bool = False                      # start is a question to a chat model, in its own template
     num_samples: int = 1
     max_new_tokens: int = 300
     temperature: float = 0.8                # below 1: safer, above: wilder, 0: always the likeliest token
@@ -29,14 +32,20 @@ class Knobs:
 
 knobs = configure(Knobs, sys.argv[1:])
 here = runtime.start(knobs)
-model, meta = build(knobs.init_from)
+source = knobs.init_from
+if source == 'resume':                      # the last is nanoGPT's
+    names = [f'{knobs.out_dir}/{name}.pt' for name in ('best', 'last', 'ckpt')]
+    source = next(filter(runtime.there, names), names[0])
+model, meta = build(source)
 model.to(here.device).eval()
 encode, decode = tokenizer(meta)
 ends = ends_of_text(meta)
-text = conversation(meta, knobs.prompt) if knobs.chat else knobs.prompt
-prompt = encode(text)
+text = read_text(knobs.start[5:]) if knobs.start.startswith('FILE:') else knobs.start
+if knobs.chat:
+    text = conversation(meta, text)
+prompt = encode(text, not knobs.chat)       # a template has the first token already
 if not prompt:
-    raise ValueError('the prompt is empty: give at least one character, such as a newline')
+    raise ValueError('the start is empty: give at least one character, such as a newline')
 block_size = model.config.block_size
 if len(prompt) + knobs.max_new_tokens > block_size + 1:
     print(f'the model sees {block_size} tokens: once the text is longer, each new token is computed from the '

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,8 @@ def alone_in(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError): # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -139,6 +140,13 @@ def gpt2_encoding():
     except requests.RequestException:
         raise ValueError("GPT-2's vocabulary could not be downloaded: check the connection") from None
 
+def read_text(path):
+    """A text file, without the mark that some editors write first."""
+    try:
+        return Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is not text in UTF-8: convert it first') from None
+
 # -----------------------------------------------------------------------------
 # from a .part to its final name
 
@@ -154,7 +162,7 @@ def write_atomically(path, data):
 
 def publish_dataset(folder, **meta):
     """The two .part are written: names them, writes meta.json last, and prints the counts."""
-    (folder / 'meta.json').unlink(missing_ok=True) # that of an earlier run must not describe the new files
+    write_atomically(folder / 'meta.json', b'{}') # until then nothing must describe these files
     meta['crc32'] = dict(meta=crc32_of_fields(meta))
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'

@@ -66,7 +66,7 @@ def seconds(command, folder, **flags):
 knobs = configure(Knobs, sys.argv[1:])
 torch.set_num_threads(1)                    # for the record: the runs are told themselves
 row = open_table(knobs.json, provenance(start(knobs), knobs))
-config = read_file(knobs.config)
+config = read_file(knobs.config, [*SAME, 'dataset'])
 with tempfile.TemporaryDirectory() as place:
     theirs = Path(place, 'nanoGPT')
     copy_with_our_tokens(theirs, config)

@@ -110,9 +110,9 @@ for model in $name ${students//,/ }; do
     sample="python sample.py --init_from=$model --temperature=0 --max_new_tokens=40"
     echo "== $model"
     for prompt in "A Debian package is" "def read_lines(path):" "The capital of France is"; do
-        $sample --prompt="$prompt"
+        $sample --start="$prompt"
     done
-    $sample --chat=True --prompt="What is a midpoint?"
+    $sample --chat=True --start="What is a midpoint?"
 done | grep -v ^device > $logs/samples.txt
 
 # Fine-tuned on one of the texts: standard, and reversible from the first step

@@ -301,7 +301,7 @@ def damaged_tokenizer():
     words.save(str(path))
 
     def use():
-        return tokenizer(dict(encoding='tokenizer.json', model='folder'))[0]('to be')
+        return tokenizer(dict(encoding='tokenizer.json', model='folder', vocab_size=5))[0]('to be')
 
     return damage(path, use, flipped=0)
 

@@ -18,7 +18,7 @@ from runtime import save_checkpoint
 from test_scripts import ROOT, Screen, command, complaint, place, run, whole    # noqa: F401, two are fixtures
 
 def test_sample_is_a_function_of_its_seed(place, whole):
-    flags = dict(init_from='whole/best.pt', prompt='abc', max_new_tokens=20, num_samples=2)
+    flags = dict(init_from='whole/best.pt', start='abc', max_new_tokens=20, num_samples=2)
     first = run(place, 'sample.py', seed=1, **flags)
     assert first.count('\nabc') == 2
     assert first == run(place, 'sample.py', seed=1, **flags) != run(place, 'sample.py', seed=2, **flags)
@@ -37,7 +37,7 @@ def test_tokenizers():
 
 def test_sample_complains_in_a_sentence(place, whole):
     assert 'there is no checkpoint none.pt' in complaint(place, 'sample.py', init_from='none.pt')
-    assert 'the prompt is empty' in complaint(place, 'sample.py', init_from='whole/best.pt', prompt='')
+    assert 'the start is empty' in complaint(place, 'sample.py', init_from='whole/best.pt', start='')
     encode, _ = tokenizer(dict(encoding='chars', chars='abc'))
     with pytest.raises(ValueError, match="the model has no token for 'd', only for 'abc'"):
         encode('abcde')
@@ -59,7 +59,7 @@ def screens(place, monkeypatch, tokens=None, ends=(), **flags):         # noqa: 
             logits = iter(logits.view(-1, 1, 1, 256))                   # (B, 1, V) each
             here.setattr(model_py.GPT, 'forward', lambda *args, **_: (next(logits), None))
             flags = dict(flags, max_new_tokens=len(tokens))
-        here.setattr(sys, 'argv', command('sample.py', init_from='whole/best.pt', prompt='ab', **flags)[1:])
+        here.setattr(sys, 'argv', command('sample.py', init_from='whole/best.pt', start='ab', **flags)[1:])
         here.setattr(sys, 'excepthook', sys.excepthook)
         here.setattr(sys, 'stdout', Watched())
         runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
@@ -81,7 +81,7 @@ def test_the_padding_of_a_vocabulary_is_never_written(place):           # noqa: 
     meta = dict(encoding='bytes', vocab_size=256)
     checkpoint = dict(model=model.state_dict(), config=vars(model.config), meta=meta)
     save_checkpoint([str(place / 'wide.pt')], checkpoint)
-    run(place, 'sample.py', init_from='wide.pt', prompt='a', max_new_tokens=40, temperature=9.0, top_k='None')
+    run(place, 'sample.py', init_from='wide.pt', start='a', max_new_tokens=40, temperature=9.0, top_k='None')
 
 def test_ends_of_text(tmp_path):
     assert ends_of_text(dict(encoding='gpt2')) == [50256] and ends_of_text(dict(encoding='bytes')) == []
@@ -91,6 +91,6 @@ def test_ends_of_text(tmp_path):
 
 def test_beyond_block_size_it_says_what_it_does(place, whole):          # noqa: F811
     said = 'each new token is computed from the last 16 alone, without the cache'
-    flags = dict(init_from='whole/best.pt', prompt='abc')
+    flags = dict(init_from='whole/best.pt', start='abc')
     assert said in run(place, 'sample.py', max_new_tokens=15, **flags)
     assert said not in run(place, 'sample.py', max_new_tokens=14, **flags)

@@ -11,11 +11,10 @@ It downloads input.txt and writes train.bin, val.bin (the last tenth) and meta.j
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.append(str(Path(__file__).resolve().parents[2])) # the root of the repository
 from configurator import explain
-from data.download import download, publish_dataset
+from data.download import download
+from data.text.prepare import prepare as prepare_text
 
 HERE = Path(__file__).resolve().parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -23,16 +22,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 def prepare(folder=HERE, url=URL, sha256=SHA256):
     download(url, folder / 'input.txt', sha256=sha256)
-    text = (folder / 'input.txt').read_text(encoding='utf-8')
-    chars = ''.join(sorted(set(text)))
-    ids = {char: i for i, char in enumerate(chars)}
-    data = np.array([ids[char] for char in text], dtype=np.uint8)
-
-    n = len(data) * 9 // 10
-    data[:n].tofile(folder / 'train.bin.part')
-    data[n:].tofile(folder / 'val.bin.part')
-    print(f'{len(chars)} characters: {chars!r}')
-    publish_dataset(folder, encoding='chars', vocab_size=len(chars), dtype='uint8', chars=chars)
+    prepare_text([folder / 'input.txt'], folder=folder, chars=True)
 
 if __name__ == '__main__':
     sys.excepthook = explain
