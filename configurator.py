@@ -30,9 +30,8 @@ CHOICES = dict(device=['auto', 'cuda', 'mps', 'cpu'], dtype=['auto', 'float32', 
                norm=['layernorm', 'rmsnorm'], mlp=['gelu', 'swiglu'], gelu=['erf', 'tanh'], sign=[1, -1],
                conversion=['midpoint_a', 'midpoint_sum', 'symplectic'])
 INSTEAD = dict(         # of names in nanoGPT, and in older versions of this repository
-    eval_iters='eval_windows, in sequences', eval_only='evaluate.py', wandb_log='log.csv in out_dir',
-    wandb_project='nothing', wandb_run_name='nothing', backend='nothing', compile='nothing', prompt='start',
-    always_save_checkpoint='nothing, last.pt is always written')
+    eval_iters='eval_windows, in sequences', eval_only='evaluate.py', wandb_log='log.csv of out_dir',
+    prompt='start', always_save_checkpoint='', wandb_project='', wandb_run_name='', backend='', compile='')
 
 def configure(Knobs, argv):
     """An instance of the dataclass Knobs with the values from argv."""
@@ -50,7 +49,7 @@ def configure(Knobs, argv):
 
 def advice(name, types):
     if name in INSTEAD:
-        return f'{name} (instead: {INSTEAD[name]})'
+        return f'{name} (use {INSTEAD[name]})' if INSTEAD[name] else f'{name} (leave it out)'
     near = difflib.get_close_matches(name, types, n=1, cutoff=0.8)      # a slip, not another word
     return f'{name} (did you mean {near[0]}?)' if near else name
 

@@ -37,6 +37,7 @@ local_rank = int(os.environ.get('LOCAL_RANK', 0))
 main = rank == 0                            # this one prints and writes
 signals = []                                # those that asked this process to stop; torchrun forwards its own
 ENCODINGS = 'bytes', 'chars', 'gpt2', 'tokenizer.json', 'unknown'          # in which text became tokens
+GPT2_TOKENS = dict(encoding='gpt2', vocab_size=50257, dtype='uint16')       # as nanoGPT writes them
 
 # -----------------------------------------------------------------------------
 # processes, device and dtype
@@ -116,8 +117,8 @@ def open_data(knobs):
             sums = dict(meta=crc32_of_fields(meta), train=crc32(paths[0]), val=crc32(paths[1]))
             sound = (meta.get('crc32') or sums) == sums and max(train.max(), val.max()) < meta['vocab_size']
     if not sound:
-        raise ValueError(f'no data, or {folder} is not as it was prepared: run "python {prepare}" first; '
-                         "without meta.json and meta.pkl all tokens must be GPT-2's")
+        raise ValueError(f'no data, or {folder} is not as it was prepared: run "python {prepare}" first'
+                         + " (or add a meta.pkl: its tokens are not GPT-2's)" * (meta == GPT2_TOKENS))
     if meta.get('encoding') not in ENCODINGS or not isinstance(meta.get('chars', ''), str):
         raise ValueError(f'{folder}/meta.json must have an "encoding": "bytes", "gpt2", "tokenizer.json" '
                          'with its "model", or "chars" with "chars", all of them in one text')
@@ -130,8 +131,8 @@ def read_meta(folder):
     with unless_damaged():
         if there(folder / 'meta.json'):
             return dict(json.loads((folder / 'meta.json').read_bytes()))
-        if not there(folder / 'meta.pkl'):  # there all tokens are GPT-2's
-            return dict(encoding='gpt2', vocab_size=50257, dtype='uint16')
+        if not there(folder / 'meta.pkl') and there(folder / 'train.bin'):
+            return GPT2_TOKENS
         with open(folder / 'meta.pkl', 'rb') as file:
             theirs = PlainUnpickler(file).load()
         chars = ''.join(theirs['itos'][i] for i in range(theirs['vocab_size']))

@@ -388,7 +388,7 @@ def test_a_data_folder_of_nanogpt_without_characters_is_gpt2s(tmp_path, monkeypa
     assert meta['encoding'] == 'gpt2' and data.tolist() == tokens[:2000].tolist()
     tokens[7] = 50257
     tokens[:2000].tofile('data/owt/train.bin')
-    with pytest.raises(ValueError, match="without meta.json and meta.pkl all tokens must be GPT-2's"):
+    with pytest.raises(ValueError, match=r"\(or add a meta.pkl: its tokens are not GPT-2's\)"):
         open_data(knobs)
 
 def test_a_pickle_may_hold_nothing_but_dict_str_and_int(tmp_path):
@@ -454,14 +454,14 @@ def test_config_files_of_nanogpt(tmp_path):
     with pytest.raises(ValueError) as refusal:
         configure(Knobs, [str(path), '--eval_iters=20'])
     said = str(refusal.value)
-    assert said.startswith('unknown here: eval_iters (instead: eval_windows, in sequences), always_save_')
-    assert 'wandb_log (instead: log.csv in out_dir)' in said and '\n' not in said
+    assert said.startswith('unknown here: eval_iters (use eval_windows, in sequences), always_save_')
+    assert 'checkpoint (leave it out), wandb_log (use log.csv of out_dir);' in said and '\n' not in said
     known = [line for line in path.read_text().split('\n') if line[:3] in ('gra', 'bet', 'n_e')]
     path.write_text('\n'.join(known))
     knobs = configure(Knobs, [str(path)])
     assert (knobs.gradient_accumulation_steps, knobs.beta2, knobs.n_embd) == (40, 0.99, 384)
     path.write_text(NANOGPT_CONFIGS['finetune_shakespeare'])
-    with pytest.raises(ValueError, match=r'\Aunknown here: wandb_run_name \(instead: nothing\); --help'):
+    with pytest.raises(ValueError, match=r'\Aunknown here: wandb_run_name \(leave it out\); --help'):
         configure(Knobs, [str(path)])
 
 @pytest.mark.parametrize('flag, words', [

@@ -36,10 +36,10 @@ def borders(text):
         cuts.append(max((line.end() for line in lines), default=cuts[-1] + PIECE))
     return [*cuts, len(text)]
 
-def encoded(text, encode):
+def encoded(text, encode, title=None):
     """The tokens of a text, piece by piece. Some tokenizers put a space before a text: hence the newline."""
     newline = encode('\n', False)
-    for start, end in tqdm(list(pairwise(borders(text)))):
+    for start, end in tqdm(list(pairwise(borders(text))), title):
         tokens = encode('\n' + text[start:end], False)
         apart = start > 0 and tokens[:len(newline)] == newline
         yield tokens[len(newline):] if apart else encode(text[start:end], False)
@@ -58,7 +58,7 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE, chars=False):
     n = len(text) * 9 // 10
     for split, part in (('train', text[:n]), ('val', text[n:])):
         with open(folder / f'{split}.bin.part', 'wb') as file:
-            for tokens in encoded(part, encode):
+            for tokens in encoded(part, encode, f'encode {split}'):
                 np.array(tokens, dtype=dtype).tofile(file)
     publish_dataset(folder, **{**meta, 'dtype': dtype})
 
