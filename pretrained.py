@@ -50,7 +50,8 @@ def find(name, *files, needed=True):
             return places[0] / file
         except ValueError as error:
             if 'status 404' not in str(error):
-                raise ValueError(f'{error}; a private or gated model needs HF_TOKEN') from None
+                advice = 'without one set HF_HUB_OFFLINE=1; a private or gated model needs HF_TOKEN'
+                raise ValueError(f'{error}; {advice}') from None
     if needed:
         raise ValueError(f'{places[0]} has no {files[-1]}: check the name, and whether HF_HUB_OFFLINE is set')
 
@@ -134,10 +135,12 @@ def read_config(name):
     theirs = read_json(find(name, 'config.json'))
     with sound(f'the config.json of {name}'):
         family = theirs['model_type']
-        rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+        scaling = theirs.get('rope_scaling') or {}              # of transformers 4
+        rope = theirs.get('rope_parameters') or {}              # of transformers 5, which reads both
         theirs = dict(n_inner=None, num_key_value_heads=None, rope_theta=1e4, activation_function='gelu_new',
                       tie_word_embeddings=family == 'gpt2') | theirs | rope
-        theirs['rope_type'] = rope.get('rope_type', rope.get('type', 'default'))
+        kinds = {x.get('rope_type', x.get('type', 'default')) for x in (scaling, rope)} - {'default'}
+        theirs['rope_type'] = max(kinds, default='default')
         only = dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], rope_type=['default'],
                     hidden_act=['silu', 'swish'], activation_function=list(GELU))
         other = {key: theirs[key] for key in only if key in theirs and theirs[key] not in only[key]}

@@ -292,6 +292,8 @@ BAD = {
     'an activation': (dict(hidden_act='gelu'), {}, "{'hidden_act': 'gelu'}"),
     'an activation of GPT-2': (dict(GPT2, activation_function='relu'), {}, "{'activation_function': 'relu'}"),
     'rope scaling': (dict(rope_scaling=dict(type='linear', factor=2)), {}, "{'rope_type': 'linear'}"),
+    'two kinds of rope': (dict(rope_parameters=dict(rope_theta=1e4), rope_scaling=dict(type='linear')), {},
+                          "{'rope_type': 'linear'}"),
     'rope scaling by name': (dict(rope_parameters=dict(rope_type='yarn')), {}, "{'rope_type': 'yarn'}"),
     'a missing field': (dict(hidden_size=None), {}, "('hidden_size')"),
     'a missing tensor': ({}, {'norm.weight': None}, 'has no tensor norm.weight of shape (32,)'),
