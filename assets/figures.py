@@ -235,24 +235,27 @@ def bits(folder, axes):
              yscale='log', xlim=(-0.2, 4.4))
 
 def states(_, axes):
-    """The walk of two states: up, each step from the last two; down, the same, solved for p_prev."""
+    """The walk of position and velocity: up, f kicks v and v moves p; down, the same lines undone."""
     green = COLORS['leapfrog']
-    arrow = dict(arrowstyle='->', linewidth=1.5)
-    around = dict(arrowstyle='->', color='#808080', connectionstyle='arc3,rad=-0.25')
-    for y, kept, way in ((1, (4, 5), 1), (0, (-1, 0), -1)):
-        for k in range(-1, 6):
-            inside, letters = (green, 'white') if k in kept else ('white', 'black')
+    kick = dict(arrowstyle='->', color='#808080', connectionstyle='arc3,rad=0.3')
+    for y, way in ((1, 1), (0, -1)):
+        for k in range(6):
+            inside, letters = (green, 'white') if k == 5 else ('white', 'black')        # the last p is kept
             circle = dict(boxstyle='circle', facecolor=inside, edgecolor=green, linewidth=2)
-            axes.text(k, y, f'$p_{{{k}}}$', ha='center', va='center', size=14 if k >= 0 else 10,
-                      color=letters, bbox=circle)
-        for k in range(5):                      # f_{k+1} is evaluated at p_k; the other state goes around it
-            axes.annotate('', (k + 0.8 * way, y), (k + 0.2 * way, y), arrowprops=arrow)
-            axes.text(k + 0.5 * way, y - 0.2 * way, f'$f_{k + 1}$', ha='center', va='center', size=11)
-            axes.annotate('', (k + way, y + 0.17 * way), (k - way, y + 0.17 * way), arrowprops=around)
-    axes.text(5.5, 1, 'forward: only the last\ntwo states are kept', va='center')
-    axes.text(5.5, 0, 'backward: each state is rebuilt\nfrom the two to its right, down\nto the embedding, '
-              '$p_{-1} = p_0$', va='center')
-    axes.set(xlim=(-1.5, 8.2), ylim=(-0.6, 1.6))
+            axes.text(k, y, f'$p_{k}$', ha='center', va='center', size=14, color=letters, bbox=circle)
+        for k in range(5):                      # f at p_k turns v_k into v_{k+1}, which leads to p_{k+1}
+            width, shade, letters = (3, green, ink('leapfrog')) if k == 4 else (1.5, 'black', 'black')
+            arrow = dict(arrowstyle='->', linewidth=width, color=shade)
+            axes.annotate('', (k + 0.5 + 0.3 * way, y), (k + 0.5 - 0.3 * way, y), arrowprops=arrow)
+            axes.text(k + 0.5, y + 0.13, f'$v_{k + 1}$', ha='center', va='bottom', size=12, color=letters)
+            axes.annotate('', (k + 0.5, y - 0.06), (k + 0.1, y - 0.2), arrowprops=kick)
+            axes.text(k + 0.42, y - 0.33, f'$f_{k + 1}(p_{k})$', ha='center', va='center', size=10,
+                      color='#606060')
+    axes.text(5.5, 1, 'forward: $f$ changes $v$, and $v$ moves $p$.\nOnly the last $p$ and $v$ are kept',
+              va='center')
+    axes.text(5.5, 0, 'backward: $p$ steps back by $v$, then $f$ at\nthat $p$ gives back the $v$ before. '
+              'At the\nembedding $p_0$ the velocity is 0', va='center')
+    axes.set(xlim=(-0.5, 8.6), ylim=(-0.6, 1.5))
     axes.axis('off')
 
 FIGURES = {         # name: (file in results/, columns, width, height)
