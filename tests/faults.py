@@ -112,6 +112,9 @@ def kill_train_of_two_processes():
 def kill_train_of_two_processes_with_shards():
     return kill_and_resume('train.py', dict(TRAIN, shard=True), processes=2)
 
+def kill_train_that_lands():
+    return kill_and_resume('train.py', dict(TRAIN, scheme='midpoint_a', a=-1, h='once', land_part=0.8))
+
 def kill_retrofit():
     return kill_and_resume('retrofit.py', RETROFIT)
 
@@ -127,7 +130,7 @@ def kill_prepare():
     for _ in range(TRIES):
         killed(PREPARE, 1.5)
         left = files()
-        whole = 'meta.json' not in left or left | undisturbed == left
+        whole = left.get('meta.json', b'{}') == b'{}' or left | undisturbed == left
         good += whole and run(PREPARE).returncode == 0 and files() == undisturbed
     return TRIES, good
 
@@ -487,12 +490,12 @@ def training_that_cannot_go_on():
         good += refused(words, '--dataset=strange')
     return len(factors) + len(data), good
 
-ROWS = [kill_train, kill_train_of_two_processes, kill_train_of_two_processes_with_shards, kill_retrofit,
-        kill_prepare, kill_download, full_disk_train, full_disk_retrofit, full_disk_prepare,
-        full_disk_of_any_file, training_that_cannot_go_on, damaged_checkpoint, damaged_data,
-        damaged_safetensors, damaged_tokenizer, command_lines, hostile_files, two_runs_in_one_folder,
-        a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines, restarts_go_on,
-        restarts_go_on_with_shards]
+ROWS = [kill_train, kill_train_of_two_processes, kill_train_of_two_processes_with_shards,
+        kill_train_that_lands, kill_retrofit, kill_prepare, kill_download, full_disk_train, full_disk_retrofit,
+        full_disk_prepare, full_disk_of_any_file, training_that_cannot_go_on, damaged_checkpoint,
+        damaged_data, damaged_safetensors, damaged_tokenizer, command_lines, hostile_files,
+        two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines,
+        restarts_go_on, restarts_go_on_with_shards]
 
 def dataset(name, content, vocab_size):
     folder = Path('data', name)

@@ -27,7 +27,8 @@ def workshop(tmp_path_factory):
     os.chdir(before)
 
 @pytest.mark.parametrize('row, tries', [
-    (faults.kill_train, 1), (faults.kill_retrofit, 1), (faults.kill_prepare, 1), (faults.kill_download, 2),
+    (faults.kill_train, 1), (faults.kill_train_that_lands, 1), (faults.kill_retrofit, 1),
+    (faults.kill_prepare, 1), (faults.kill_download, 2),
     (faults.full_disk_train, 3), (faults.full_disk_retrofit, 3), (faults.full_disk_prepare, 6),
     (faults.damaged_checkpoint, 2), (faults.damaged_data, 2), (faults.damaged_safetensors, 2),
     (faults.damaged_tokenizer, 2), (faults.command_lines, 2), (faults.hostile_files, 1),

@@ -56,6 +56,17 @@ def test_near_the_ground_it_is_the_standard_net():
     standard = far(idx)[0]
     assert (near - standard).norm() < 0.02 * standard.norm() < 0.2 * (logits - standard).norm()
 
+def stop_in_the_air(place, name, **flags):
+    """A run that is told to stop while |a| falls."""
+    words = command('train.py', **dict(LAND, out_dir=name, **flags))
+    with subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step 5: loss'):
+                process.send_signal(signal.SIGTERM)
+        assert 'stopped at step' in line, 'it was too fast to be stopped'
+    checkpoint = load_checkpoint(str(place / name / 'last.pt'))
+    assert checkpoint['departure'] == -1 and -1 < checkpoint['config']['a'][0] < -1 / 256
+
 def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     said = run(place, 'train.py', out_dir='landed', **LAND)
     config = load_checkpoint(str(place / 'landed' / 'last.pt'))['config']
@@ -66,16 +77,20 @@ def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     with open(place / 'landed' / 'log.csv', newline='') as file:
         sizes = [float(row['a']) for row in csv.DictReader(file) if row['a']]
     assert sizes[:4] == [1.0] * 4 and sizes[-1] == 1 / 256 and sizes == sorted(sizes, reverse=True)
-    words = command('train.py', **dict(LAND, out_dir='stopped', max_iters=8))
-    with subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith('step 5: loss'):
-                process.send_signal(signal.SIGTERM)
-        assert 'stopped at step' in line, 'it was too fast to be stopped'
-    stopped = load_checkpoint(str(place / 'stopped' / 'last.pt'))
-    assert stopped['departure'] == -1 and -1 < stopped['config']['a'][0] < -1 / 256
+    stop_in_the_air(place, 'stopped')
     assert train(place, 'stopped', **{**LAND, 'init_from': 'resume'}) == rows(place, 'landed')
     assert_same_weights(place, 'landed', 'stopped')
+
+def test_a_landing_goes_on_with_another_number_of_processes(place):
+    """Within rounding: two processes add up their gradients in another order."""
+    flags = dict(LAND, dropout=0.0, gradient_accumulation_steps=2)
+    run(place, 'train.py', out_dir='alone', **flags)
+    stop_in_the_air(place, 'passed_on', dropout=0.0)
+    run(place, 'train.py', **dict(flags, out_dir='passed_on', init_from='resume', processes=2))
+    alone, passed_on = (load_checkpoint(str(place / name / 'last.pt')) for name in ('alone', 'passed_on'))
+    assert passed_on['config']['a'] == alone['config']['a'] == [-1 / 256] * 3
+    for name, weight in alone['model'].items():
+        assert torch.allclose(weight, passed_on['model'][name], atol=1e-5), name
 
 def test_an_a_that_is_drawn_lands_too(place):
     run(place, 'train.py', out_dir='drawn', **{**LAND, 'a': 'random'})
