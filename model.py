@@ -14,7 +14,7 @@ the embedding, and a velocity v, which starts at 0. Each of these lines can be u
 So the forward pass keeps only the last p and v, and the few bits that are cut off where a is a fraction. The
 backward pass evaluates f(p) once per step, and uses it twice: to rebuild v, and for the gradients. Adding
 floats rounds, so rebuilt states would drift. Integers do not: p and v are fixed-point numbers in int32. At
-the bottom v must be 0 again. If one f(p) came out otherwise than in the forward pass, it is not.
+the bottom v must be 0 again. If any f(p) differs from that of the forward pass, v is almost surely not 0.
 
 The schemes are those of Gal, Eliasof, Turek, Ascher, Treister and Haber, "Reversing Large Language Models for
 Efficient Training and Fine-Tuning" (arXiv 2512.02056), "the paper" below. Blocks are nanoGPT's, or Llama's.
@@ -72,12 +72,12 @@ class GPTConfig:
     scheme: str = 'leapfrog'                # a key of SCHEMES
     h: float | list | str | None = None     # step size, a number or one per layer; 'once': see step_sizes()
     a: float | list | str | None = None     # midpoint_a: a number or one per layer; None or 'random': see GPT
-    stored_layers: int | None = None        # how many of the last layers keep their graphs; None: 0
+    stored_layers: int | None = None        # the last layers, which keep their graphs; None: 0, standard: all
     exact: bool = True                      # states are integers; False: floats, which drift, as in the paper
     state_bits: int = 32                    # of a state: 32 or 64. Weights of float64 have 64 in any case
     fractional_bits: int | None = None      # of these, after the point; None: 18 of 32, or 32 of 64
     verify: bool = True                     # count the elements of v that are not 0 after the backward pass
-    slice_tokens: int = 8192                # f sees about so many at a time: its graph takes the most memory
+    slice_tokens: int = 8192                # f processes about so many at a time: its graph dominates memory
 
     def __post_init__(self):
         def must(condition, sentence):
@@ -118,7 +118,9 @@ class GPTConfig:
                 exact = n % 2 == 1 and denominator <= 256
                 must(exact or (a != 0 and not self.exact), f'a = {a} cannot be undone exactly: give n / 2^k, '
                      'with n odd and k up to 8, such as 1, -0.5 or 0.75')
-        if self.h == 'once' and self.a != 'random':
+        if self.h == 'once':
+            signs = {'random' if a == 'random' else a > 0 for a in self.per_layer('a')}
+            must(len(signs) == 1 and signs != {'random'}, "h = 'once' needs an a of one sign, such as --a=-1")
             self.h = step_sizes(self.per_layer('a'))
 
     def per_layer(self, name):
@@ -275,7 +277,7 @@ class GPT(nn.Module):
         self.kick = kick            # compile_parts() replaces these three
         self.unkick = unkick
         self.chunk_loss = chunk_loss
-        self.mismatches = 0         # elements of v that were not 0 again: training looks at it, and at
+        self.mismatches = 0         # elements of v that were not 0 again. train.py checks this, and the next:
         self.largest = 0.0          # the largest value that a step had to hold, as a part of its range
         self.transformer = nn.ModuleDict()
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -384,7 +386,7 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile for every f, for a chunk of the loss, and for the recurrence."""
-        # the limit must hold in backward's own thread: torch 2.13 needs the argument there, 2.11 the setting.
+        # the limit must hold in autograd's thread, too: torch 2.13 has an argument for it, 2.11 a setting.
         # torch.__version__ compares as a version, not as a string
         torch.compiler.config.recompile_limit = 1000
         limit = dict(recompile_limit=1000) if torch.__version__ >= '2.12' else {}
@@ -503,7 +505,7 @@ def unpack(packed, bits, shape):
 # the two states, and a backward pass written by hand
 
 class Backward(torch.autograd.Function):
-    """A value with a backward pass of ours: a function dL/dvalue -> dL/dinput of each input."""
+    """A value with a hand-written backward pass: a function dL/dvalue -> dL/dinput of each input."""
     @staticmethod
     def forward(ctx, value, ours, *inputs):
         ctx.ours = ours
@@ -615,9 +617,9 @@ class Tape:
         last = to_float(self.p, self.one, self.dtype)
         if not self.p.dtype.is_floating_point:
             largest = self.largest()
-            del self.looks, self.bounds         # the tape lives on
+            del self.looks, self.bounds         # the tape outlives this call
             self.model.largest = largest.clamp(min=self.model.largest)
-            last.add_(torch.where(largest <= 0.999, 0.0, math.nan))          # an if would wait
+            last.add_(torch.where(largest <= 0.999, 0.0, math.nan))         # an if would wait for the GPU
         return Backward.apply(last, turn, handle)
 
     def slices(self, by_token, *tensors):
@@ -659,7 +661,7 @@ class Tape:
             self.model.mismatches += self.v.count_nonzero()
 
 def n_slices(B, T, slice_tokens):
-    """At least B * T / slice_tokens; up to twice as many, if that makes them equal: one size to compile."""
+    """B * T / slice_tokens, and at most B; up to twice that, if then all are equal: one size to compile."""
     least = min(B, math.ceil(B * T / slice_tokens))
     return next((n for n in range(least, 2 * least) if B % n == 0), least)
 
