@@ -478,10 +478,12 @@ def open_log(folder, columns, step):
     except OSError:                         # some file systems have none either
         pass
     log.seek(0)
-    rows = re.finditer(r'(?m)^(\d+),[ -~]*\r?\n', log.read()) if step else []
+    text = log.read()
+    rows = re.finditer(r'(?m)^(\d+),[ -~]*\r?\n', text) if step else []
     kept = [row.end() for row in rows if int(row[1]) <= step]       # a killed run has logged later steps
     log.truncate(max(kept, default=0))
-    writer = csv.DictWriter(log, columns.split())
+    columns = text.splitlines()[0].split(',') if kept else columns.split()     # an older run may have fewer
+    writer = csv.DictWriter(log, columns, extrasaction='ignore')
     if not kept:
         writer.writeheader()
 

@@ -167,6 +167,18 @@ def test_steps_after_the_last_checkpoint_are_run_and_logged_once(place, whole):
     log.write_bytes(b'step,loss\n1,\xff\n\n\0\0\0')             # a damaged log stops no run
     train(place, 'killed', init_from='resume')
 
+def test_the_log_of_an_older_run_keeps_its_columns(place, whole):
+    train(place, 'older', lr_decay_iters=8, max_iters=4)
+    log = place / 'older' / 'log.csv'
+    with open(log, newline='') as file:
+        found = list(csv.DictReader(file))
+    fewer = 'step loss lr grad_norm tokens_per_s val_loss'.split()
+    with open(log, 'w', newline='') as file:
+        writer = csv.DictWriter(file, fewer, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(found)
+    assert train(place, 'older', init_from='resume') == whole
+
 def test_evaluation_does_not_change_training(place, whole):
     often = train(place, 'often', eval_interval=1, eval_windows=30)
     assert [row[:4] for row in often if row[1]] == [row[:4] for row in whole if row[1]]
