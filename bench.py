@@ -47,6 +47,7 @@ class Knobs:
     vocab_size: int = 256
     layers: list | None = None      # depth, batch, frontier, curve: the numbers of layers
     budget_gb: float | list | None = None       # batch, length (None: 24), throughput: GB that may be used
+    search: bool = True             # on a GPU; False: the largest batch is the counted one, and not tried
     chunked_loss: bool = True       # False: all logits at once
     slice_tokens: int = 8192        # tokens that f sees at a time, about
     repeats: int = 7                # throughput: timed turns, after one turn to warm up
@@ -150,7 +151,7 @@ def counted(name, n=knobs.batch_size, **change):
     return count_two_steps(partial(build, name, device='cpu', block_size=T, **change), B, T, knobs.dtype)
 
 def needs(name, n=knobs.batch_size, **change):
-    """Bytes at the peak: counted, or of three steps on a GPU; inf if it runs out of memory."""
+    """Bytes at the peak: counted, or of a step on a GPU; inf if it runs out of memory."""
     if here.kind != 'cuda':
         return counted(name, n, **change).curve().max()
     torch._dynamo.reset()
@@ -159,7 +160,9 @@ def needs(name, n=knobs.batch_size, **change):
     torch.cuda.reset_peak_memory_stats()
     try:
         model = build(name, block_size=size(n)[1], **change)
-        train(model, adamw(model), n, 3)
+        optimizer = adamw(model)
+        train(model, optimizer, 1, 1)           # makes AdamW's moments: then a single step has the peak
+        train(model, optimizer, n, 1)
     except torch.OutOfMemoryError:
         return math.inf
     return torch.cuda.max_memory_allocated()
@@ -184,14 +187,19 @@ def on_host(name, n, **change):
 
 @cache
 def largest(name, gigabytes, **change):
-    """The largest n under this budget: on a GPU it survives three steps, elsewhere its counted peak fits."""
+    """The largest n whose counted peak fits; or on a GPU, to a 32nd, that survives a step."""
     fixed, each = line(name, **change)
     room = gigabytes * 1e9
-    n = max(0, int(((room - fixed)[each > 0] // each[each > 0]).min()))
-    if here.kind == 'cuda':                      # bisection begins at the counted n
+    n = int(((room - fixed)[each > 0] // each[each > 0]).min())
+    if here.kind == 'cuda' and knobs.search:     # near the counted n: a large batch takes a minute to try
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
-        n = bisect_right(range(1, 2 * n), room, key=lambda n: needs(name, n, **change))
-    return n
+        survives = cache(lambda n: needs(name, n, **change) <= room)
+        step = max(1, n // 32)
+        while n > 0 and not survives(n):
+            n -= step
+        while n > 0 and survives(n + step):
+            n += step
+    return max(0, n)
 
 # -----------------------------------------------------------------------------
 # the modes

@@ -30,6 +30,7 @@ from runtime import start
 @dataclass
 class Knobs:
     schemes: str = 'midpoint,leapfrog,symplectic,midpoint_a,midpoint_sum'
+    dtypes: str = 'float32,bfloat16,float16'    # of autocast
     trained: str = ''               # checkpoints of reversible models, such as out/best.pt,out2/best.pt
     batch_size: int = 8             # sequences
     block_size: int = 256
@@ -41,7 +42,7 @@ class Knobs:
     deterministic: bool = True      # False: the kernels that training takes; states alone are compared
     json: str | None = None         # a file for the rows
     device: str = 'auto'
-    dtype: str = 'float32'          # of the weights; the rows go through three dtypes of autocast
+    dtype: str = 'float32'          # of the weights
 
 knobs = configure(Knobs, sys.argv[1:])
 here = start(knobs)
@@ -110,7 +111,7 @@ def worst(found):
 
 def drift(weights, load, checkpoint=()):
     """Rows of the model that load(exact) makes, for all dtypes, and for exact and for float states."""
-    for dtype in ('float32', 'bfloat16', 'float16'):
+    for dtype in knobs.dtypes.split(','):
         for exact in (True, False):
             results = []
             for stored in (True, True, False):

@@ -9,11 +9,16 @@ bytes are those of the loopback device, so nothing else may use it:
 
     export OMP_NUM_THREADS=1
     torchrun --standalone --nproc_per_node=2 results/sharded.py --json=results/sharded_step.json
+
+With --processes it measures the memory of one of N, on one card: NCCL wants a card for each process.
+
+    python results/sharded.py --processes=8 --shape="Llama-2 7B" --batch_size=16 --device=cuda
 """
 import os
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -29,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import runtime
 from configurator import configure
-from memory import Count, count_two_steps, shard_curve
+from memory import Count, count_two_steps, peak_memory, shard_curve
 from model import GPT, GPTConfig
 from pretrained import empty
 from results.rivals import checkpoint_in_slices
@@ -55,9 +60,49 @@ class Knobs:
     device: str = 'cpu'
     dtype: str = 'bfloat16'
     repeats: int = 15                       # timed turns
+    processes: int = 0                      # one of so many is measured; the others do not exist
+    shape: str = ''                         # its shape, a key of SHAPES, in place of n_layer and n_embd
     n_layer: int = 12                       # of the measured model
     n_embd: int = 256
-    batch_size: int = 8                     # sequences of 256 tokens in each process
+    batch_size: int = 8                     # sequences in each process, of 256 tokens without a shape
+
+# -----------------------------------------------------------------------------
+# one of N processes, of which the others do not exist
+
+@contextmanager
+def one_of(processes, rank, kind):
+    """What a process of this rank computes with. Nothing arrives from the others."""
+    runtime.world = processes
+    runtime.rank = rank
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=processes)
+    yield SimpleNamespace(kind=kind, device=torch.device(kind), dtype='bfloat16',
+                          mesh=dist.init_device_mesh(kind, (processes,)))
+    dist.destroy_process_group()
+    runtime.world = 1
+    runtime.rank = 0
+
+def two_steps(shape, B, T, here, mark=lambda kind: None):
+    model = empty(GPTConfig(**shape), here)
+    optimizer = adamw(model)
+    idx = torch.zeros(B, T, dtype=torch.long, device=here.device)
+    for _ in range(2):
+        with torch.autocast(here.kind, torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        loss = None
+        mark('rest')
+        optimizer.step()
+        optimizer.zero_grad()
+
+def one_alone(here):
+    """Its peak of memory. The weights that it gathers are not set, so its loss means nothing."""
+    shape = dict(n_layer=knobs.n_layer, n_embd=knobs.n_embd, n_head=4, vocab_size=256, block_size=256)
+    if knobs.shape:
+        shape = SHAPES[knobs.shape]
+    with one_of(knobs.processes, 0, here.kind) as its:
+        two_steps(dict(shape, slice_tokens=SLICE), knobs.batch_size, shape.get('block_size', 1024), its)
+    row(knobs.shape or 'GPT', processes=knobs.processes, sequences=knobs.batch_size,
+        **{'GB at the peak': peak_memory(here.kind)})
 
 # -----------------------------------------------------------------------------
 # counted
@@ -75,28 +120,11 @@ def sharded_steps(shape, processes, B, T, rank=0):
             count.events += (-1, old), (1, new)
             count.alive[storage._cdata] = new
 
-    runtime.world = processes
-    runtime.rank = rank
-    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=processes)
-    here = SimpleNamespace(kind='cpu', device=torch.device('cpu'), dtype='bfloat16',
-                           mesh=dist.init_device_mesh('cpu', (processes,)))
-    with patch.object(_fsdp_param, 'alloc_storage', partial(resizing, _fsdp_param.alloc_storage)), \
+    with one_of(processes, rank, 'cpu') as here, \
+            patch.object(_fsdp_param, 'alloc_storage', partial(resizing, _fsdp_param.alloc_storage)), \
             patch.object(_fsdp_param, 'free_storage', partial(resizing, _fsdp_param.free_storage)), \
             FakeTensorMode(), Count() as count:
-        model = empty(GPTConfig(**shape), here)
-        optimizer = adamw(model)
-        idx = torch.zeros(B, T, dtype=torch.long)
-        for _ in range(2):
-            with torch.autocast('cpu', torch.bfloat16):
-                loss = model(idx, idx)[1]
-            loss.backward()
-            loss = None
-            count.mark('rest')
-            optimizer.step()
-            optimizer.zero_grad()
-    dist.destroy_process_group()
-    runtime.world = 1
-    runtime.rank = 0
+        two_steps(shape, B, T, here, count.mark)
     return count
 
 SLICE = 2048                                # tokens, for the batches: one sequence of Llama
@@ -197,7 +225,9 @@ if __name__ == '__main__':
     knobs = configure(Knobs, sys.argv[1:])
     here = start(SimpleNamespace(**vars(knobs), shard=world > 1))
     row = open_table(knobs.json, provenance(here, knobs))
-    if world == 1:
+    if knobs.processes:
+        one_alone(here)
+    elif world == 1:
         count()
     else:
         measure(here)
