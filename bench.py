@@ -80,7 +80,7 @@ ENDS = {'': {}, '/half': dict(stored=0.5), '/all': dict(stored=1), '/float': dic
 for scheme in ('midpoint', 'leapfrog', 'symplectic', 'midpoint_a', 'midpoint_sum'):
     a = 0.5 if scheme == 'midpoint_a' else None
     CASES |= {scheme + end: dict(fields, scheme=scheme, a=a) for end, fields in ENDS.items()}
-CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits) for bits in (4, 0)}
+CASES |= {f'midpoint_a/{bits}bits': dict(scheme='midpoint_a', a=1 / 2**bits) for bits in (8, 4, 2, 0)}
 MODES = 'depth', 'batch', 'length', 'frontier', 'curve', 'check', 'throughput', 'resident'
 
 mode = next((arg for arg in sys.argv[1:] if not arg.startswith('-')), '')

@@ -193,6 +193,27 @@ def loss(paths, axes):
     for label in axes[1].get_yticklabels():
         label.set_color(ink(label.get_text()))
 
+def landing(folder, axes):
+    """The loss of each step above that of the standard net on the same data, mean of 50 steps; and |a|."""
+    def read_run(name):
+        rows = [row for row in read_csv(f'{folder}/{name}.csv') if row['loss']]
+        return {int(row['step']): (float(row['loss']), float(row['a'] or 1)) for row in rows}
+
+    standard = read_run('12_standard_2')
+    for part, case in (('0.2', 'midpoint'), ('0.1', 'leapfrog'), ('0.05', 'symplectic')):
+        run = read_run(f'12_part_{part}')
+        steps = [step for step in run if step > 900]
+        above = [run[step][0] - standard[step][0] for step in steps]
+        smooth = [statistics.mean(above[max(0, i - 9):i + 1]) for i in range(len(above))]
+        axes[0].plot(steps, smooth, color=COLORS[case])
+        axes[1].plot(steps, [run[step][1] for step in steps], color=COLORS[case])
+        start = 1465 * (1 - float(part))
+        axes[1].text(start - 8, {'0.2': 0.75, '0.1': 0.5, '0.05': 0.25}[part], f'{float(part):.0%}', ha='right',
+                     color=ink(case))
+    axes[0].axhline(0, color='black', linewidth=1)
+    axes[0].set(xlabel='steps', ylabel='training loss above standard, nats per byte', ylim=(-0.2, 0.4))
+    axes[1].set(xlabel='steps', ylabel='|a|', title='landing in the last part of the steps')
+
 # -----------------------------------------------------------------------------
 # conversion, and the walk of the states
 
@@ -279,3 +300,4 @@ for name, (file, *size) in FIGURES.items():
         draw(f'{name}_gpu', read(f'results/{name}_gpu.json')['rows'], *size)
 draw('loss', sorted(glob.glob('results/compare/*_12layers_1465steps_seed[234].csv')), 2, 10, 4)
 draw('bits', 'results/smollm2')
+draw('landing', 'results/landing', 2, 10, 4)
