@@ -10,6 +10,7 @@ import difflib
 import inspect
 import operator
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -49,8 +50,9 @@ def configure(Knobs, argv):
 
 def advice(name, types):
     if name in INSTEAD:
-        return f'{name} (use {INSTEAD[name]})' if INSTEAD[name] else f'{name} (leave it out)'
-    near = difflib.get_close_matches(name, types, n=1, cutoff=0.8)      # a slip, not another word
+        here = re.split(r'[ ,]', INSTEAD[name])[0]                      # a knob of this script, or a file
+        return f'{name} (use {INSTEAD[name]})' if here in types or '.' in here else f'{name} (leave it out)'
+    near = difflib.get_close_matches(name, [*types, *INSTEAD], n=1, cutoff=0.8)     # a slip, not another word
     return f'{name} (did you mean {near[0]}?)' if near else name
 
 def read_flag(arg, types):
@@ -74,8 +76,8 @@ def read_file(path, types):
         for line in code.body[1:] if ast.get_docstring(code) else code.body:
             number = line.lineno
             if not isinstance(line, ast.Import):            # which nothing here needs
-                name = line.targets[0].id
-                values[name] = value_of(line.value) if name in types else None
+                for target in line.targets:
+                    values[target.id] = value_of(line.value) if target.id in types else None
     except Exception as error:              # other code may raise anything here
         where = f'line {number or getattr(error, "lineno", 1)} of {path}'
         raise ValueError(f'{where} is not of the kind "n_layer = 8", as all but comments must be') from None
@@ -116,7 +118,7 @@ def explain(kind, error, trace):
         said = 'out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps'
     elif sentence or isinstance(error, OSError):
         pass
-    elif 'C++ compiler' in said or 'working triton' in said:
+    elif re.search(r'C(\+\+)? compiler|working triton', said):
         said = 'torch.compile needs a C++ compiler, on a GPU also Triton: install them, or --compile=False'
     elif kind.__name__.startswith('Dist') or 'onnection' in said or 'imed out' in said:
         said = 'this process has lost the others: look for the first that failed in the report of torchrun'

@@ -10,7 +10,8 @@ Zero-shot accuracy on multiple-choice questions, and validation loss, of one mod
 A question is answered with the continuation that the model finds likeliest: the sum of its tokens'
 log-probabilities (acc), or that sum divided by the length of the answer in bytes (acc_norm). Prompts and
 scoring are those of EleutherAI's lm-evaluation-harness 0.4, which calls our acc_norm acc_bytes. Its own
-acc_norm divides by characters: the same for ASCII text. The questions are downloaded once, into data/tasks.
+acc_norm divides by characters: the same for ASCII text. A token that has letters of both question and answer
+is scored here; there the answer loses it. The questions are downloaded once, into data/tasks.
 """
 import json
 import os
@@ -109,7 +110,7 @@ def tokens_of_pair(encode, context, continuation):
     before = encode(context.rstrip())
     tokens = encode(context + continuation)
     differ = [j for j, (one, other) in enumerate(zip(before, tokens)) if one != other]
-    n = min([len(before), *differ])
+    n = max(1, min([len(before), *differ]))
     return tokens[:n], tokens[n:]
 
 @torch.no_grad()

@@ -54,19 +54,24 @@ def export(source, target, standard=False):
     if llama or not config.tied or config.n_inner != 4 * config.n_embd or config.norm_eps != 1e-5:
         raise ValueError(f'{source} is no model of nanoGPT: name a folder instead, for transformers')
     names = 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()
-    checkpoint = dict(model=model.state_dict(), model_args={name: getattr(config, name) for name in names})
+    weights = model.state_dict()
+    arguments = {name: getattr(config, name) for name in names}
+    chars = meta['chars'] if meta['encoding'] == 'chars' else None
+    data = Path(target).stem
+    if chars:                                   # sample.py draws from all tokens, so padding has to go
+        arguments['vocab_size'] = len(chars)
+        for name in ('transformer.wte.weight', 'lm_head.weight'):
+            weights[name] = weights[name][:len(chars)]
+    save_checkpoint([target], dict(model=weights, model_args=arguments, iter_num=0, best_val_loss=math.inf,
+                                   config=dict(dataset=data) if chars else {}))
     said = f'{target} is written'
     if config.gelu == 'tanh':
         said += ': nanoGPT computes GELU by erf, not by tanh, so logits agree to 1e-4'
-    its = {}
-    if meta['encoding'] == 'chars':
-        its = dict(dataset='chars')
-        beside = os.path.join(os.path.dirname(target), 'meta.pkl')
-        itos = dict(enumerate(meta['chars']))
+    if chars:
+        itos = dict(enumerate(chars))
         theirs = dict(vocab_size=len(itos), itos=itos, stoi={c: i for i, c in itos.items()})
-        write_atomically(beside, pickle.dumps(theirs))
-        said += f". Its characters are in {beside}: nanoGPT's sample.py needs that file in its data/chars"
-    save_checkpoint([target], dict(checkpoint, iter_num=0, best_val_loss=math.inf, config=its))
+        write_atomically(f'{target}.pkl', pickle.dumps(theirs))
+        said += f". nanoGPT's sample.py needs {target}.pkl, with the characters, as its data/{data}/meta.pkl"
     return said
 
 def compare_losses(source, model, standard, meta):

@@ -43,7 +43,9 @@ def find(name, *files, needed=True):
         if path.exists():
             return path
     host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
-    online = len(places) == 2 and os.environ.get('HF_HUB_OFFLINE') != '1'
+    # a cache of the hub has what its library wanted: other files are not looked for, as it may be offline
+    complete = len(places) == 2 and not needed and (places[1] / 'config.json').exists()
+    online = len(places) == 2 and not complete and os.environ.get('HF_HUB_OFFLINE') != '1'
     for file in files if online else ():
         try:
             download(f'{host}/{name}/resolve/main/{file}', places[0] / file, token=os.environ.get('HF_TOKEN'))
@@ -82,8 +84,9 @@ def read_weights(name):
         with sound(path), open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')     # of the JSON header, which the tensors follow
             header = json.loads(file.read(length))
-            foreign = {x['dtype'] for key, x in header.items() if key != '__metadata__'} - DTYPES.keys()
-            for key in header.keys() - {'__metadata__'} if not foreign else ():
+            header = {key: x for key, x in header.items() if not key.endswith(('__metadata__', *BUFFERS))}
+            foreign = {x['dtype'] for x in header.values()} - DTYPES.keys()
+            for key in header if not foreign else ():
                 start, end = header[key]['data_offsets']
                 content = torch.from_numpy(np.memmap(file, np.uint8, 'c', 8 + length + start, end - start))
                 tensors[key] = content.view(DTYPES[header[key]['dtype']]).view(header[key]['shape'])
@@ -138,7 +141,7 @@ def read_config(name):
         scaling = theirs.get('rope_scaling') or {}              # of transformers 4
         rope = theirs.get('rope_parameters') or {}              # of transformers 5, which reads both
         theirs = dict(n_inner=None, num_key_value_heads=None, rope_theta=1e4, activation_function='gelu_new',
-                      tie_word_embeddings=family == 'gpt2') | theirs | rope
+                      tie_word_embeddings=family == 'gpt2') | theirs | scaling | rope
         kinds = {x.get('rope_type', x.get('type', 'default')) for x in (scaling, rope)} - {'default'}
         theirs['rope_type'] = max(kinds, default='default')
         only = dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], rope_type=['default'],
@@ -154,7 +157,7 @@ def read_config(name):
     return family, dict(config, gelu=GELU[theirs['activation_function']], scheme='standard')
 
 def is_checkpoint(name):
-    return name.endswith('.pt') or Path(name).is_file()
+    return Path(name).is_file() or name.endswith('.pt') and not Path(name).is_dir()
 
 def load(name):
     """(fields of GPTConfig, (family, tensors), how text became tokens) of a model of any kind."""
@@ -164,7 +167,7 @@ def load(name):
         tensors = checkpoint['model']
         if 'model_args' in checkpoint:          # of nanoGPT
             config = dict(checkpoint['model_args'], scheme='standard', gelu='erf')
-            meta = tokens_of_nanogpt(config['vocab_size'], checkpoint['config'].get('dataset', ''))
+            meta = tokens_of_nanogpt(config['vocab_size'], checkpoint['config'].get('dataset') or 'NAME')
         else:                                   # of ours. Older ones do not say that they have these
             config = dict(gelu='tanh') | checkpoint['config'] | dict(stored_layers=None)
             if config['scheme'] != 'standard':
@@ -301,32 +304,25 @@ def tokens_of(name):
         return read_json(Path(name, 'meta.json'))
     if family == 'gpt2':
         own = find(name, 'tokenizer.json', needed=False)
-        if config['vocab_size'] >= 50257 and openais(name, own):
-            return OPENAI
         if not own:
             return dict(encoding='unknown', advice='save its tokenizer.json there, with transformers')
+        if config['vocab_size'] >= 50257 and openais(own) and ends_of(name) in ([], [50256]):
+            return OPENAI
     return dict(encoding='tokenizer.json', model=Path(name).as_posix(), vocab_size=config['vocab_size'])
 
-def openais(name, own):
-    """Whether a model has GPT-2's vocabulary, merges and end of text. own: its tokenizer.json, or None."""
-    end = '<|endoftext|>'
-    if own:
-        content = read_json(own)
-        with sound(own):
-            vocab, merges = content['model']['vocab'], content['model']['merges']
-            added = {token['content']: token['id'] for token in content['added_tokens']}
-            plain = not content.get('normalizer') and not content['pre_tokenizer']['add_prefix_space']
-    else:                                       # the older two files
-        files = [find(name, file, needed=False) for file in ('vocab.json', 'merges.txt')]
-        if None in files or find(name, 'added_tokens.json', needed=False):
+def openais(path):
+    """Whether a tokenizer.json is GPT-2's own: its vocabulary, merges and end of text, and nothing else."""
+    end = dict(id=50256, content='<|endoftext|>', lstrip=False, rstrip=False)
+    with sound(path):
+        content = json.loads(path.read_bytes())
+        model, before, after = (content.get(x) or {} for x in ('model', 'pre_tokenizer', 'post_processor'))
+        kinds = model['type'], before.get('type'), after.get('type', 'ByteLevel'), content.get('normalizer')
+        added = [{key: token[key] for key in end} for token in content['added_tokens']]
+        if kinds != ('BPE', 'ByteLevel', 'ByteLevel', None) or before['add_prefix_space'] or added != [end]:
             return False
-        vocab = read_json(files[0])
-        merges = [line for line in files[1].read_text('utf-8').split('\n')[1:] if line]
-        added, plain = {end: vocab.get(end)}, True
-    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
-    tokens = [token for token in sorted(vocab, key=vocab.get) if token != end]
-    sha256 = hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
-    return sha256 == OPENAI_SHA256 and added == {end: 50256} and plain
+        merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
+        tokens = sorted(model['vocab'].keys() - {end['content']}, key=model['vocab'].get)
+        return hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest() == OPENAI_SHA256
 
 def tokens_of_nanogpt(vocab_size, dataset):
     """nanoGPT names its data, whose folder has the characters, and pads GPT-2's tokens to 50304."""
@@ -382,18 +378,24 @@ def conversation(meta, question):
         raise ValueError('the model has no chat template: leave --chat out')
     settings = read_json(find(meta['model'], 'tokenizer_config.json'))
     template = settings.get('chat_template') or find(meta['model'], 'chat_template.jinja').read_text('utf-8')
-    own = {key: value.get('content') if isinstance(value, dict) else value for key, value in settings.items()}
+    older = find(meta['model'], 'special_tokens_map.json', needed=False)
+    settings = (read_json(older) if older else {}) | settings
+    own = {key: value.get('content') if isinstance(value, dict) else value for key, value in settings.items()
+           if value is not None}
     with sound('the chat template'):            # a stranger's program: hence a sandbox
         chat = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
         return chat.render(messages=[dict(role='user', content=question)], add_generation_prompt=True, **own)
 
+def ends_of(name):
+    paths = [find(name, f'{file}.json', needed=False) for file in ('generation_config', 'config')]
+    ends = [read_json(path).get('eos_token_id') for path in filter(None, paths)]    # a chat model has several
+    end = next((end for end in ends if end is not None), [])
+    return end if isinstance(end, list) else [end]
+
 def ends_of_text(meta):
     """The tokens, if there are any, that say that a text has ended."""
-    if meta['encoding'] == 'tokenizer.json':    # a chat model may have several in the first file
-        paths = [find(meta['model'], f'{x}.json', needed=False) for x in ('generation_config', 'config')]
-        ends = [read_json(path).get('eos_token_id') for path in filter(None, paths)]
-        end = next((end for end in ends if end is not None), [])
-        return end if isinstance(end, list) else [end]
+    if meta['encoding'] == 'tokenizer.json':
+        return ends_of(meta['model'])
     return [50256] if meta['encoding'] == 'gpt2' else []
 
 def same_tokens(name, one, other_name, other):

@@ -5,7 +5,6 @@ Every process runs the same lines; only the first prints and writes.
 import csv
 import errno
 import gc
-import getpass
 import itertools
 import json
 import math
@@ -36,7 +35,6 @@ world = int(os.environ.get('WORLD_SIZE', 1))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 main = rank == 0                            # this one prints and writes
 signals = []                                # those that asked this process to stop; torchrun forwards its own
-ENCODINGS = 'bytes', 'chars', 'gpt2', 'tokenizer.json', 'unknown'          # in which text became tokens
 GPT2_TOKENS = dict(encoding='gpt2', vocab_size=50257, dtype='uint16')       # as nanoGPT writes them
 
 # -----------------------------------------------------------------------------
@@ -44,8 +42,9 @@ GPT2_TOKENS = dict(encoding='gpt2', vocab_size=50257, dtype='uint16')       # as
 
 # torch.compile keeps code on the disk by a key without the width of the processor's vectors: where two kinds
 # share a folder, the numbers may be wrong (torch 2.13). So each kind has its own
-kind = f'torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}'
-os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(tempfile.gettempdir(), kind))
+owner = getattr(os, 'getuid', lambda: '')()         # Windows has none
+code = f'torchinductor_{owner}_{torch.backends.cpu.get_cpu_capability()}'
+os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(tempfile.gettempdir(), code))
 
 def say(*args):
     if main:
@@ -119,25 +118,32 @@ def open_data(knobs):
     if not sound:
         raise ValueError(f'no data, or {folder} is not as it was prepared: run "python {prepare}" first'
                          + " (or add a meta.pkl: its tokens are not GPT-2's)" * (meta == GPT2_TOKENS))
-    if meta.get('encoding') not in ENCODINGS or not isinstance(meta.get('chars', ''), str):
+    chars, model = meta.get('chars'), meta.get('model')
+    known = dict(bytes=meta['vocab_size'] <= 256, gpt2=True, unknown=True)
+    known['chars'] = isinstance(chars, str) and len(chars) == meta['vocab_size']
+    known['tokenizer.json'] = isinstance(model, str)
+    if not known.get(meta.get('encoding')):
         raise ValueError(f'{folder}/meta.json must have an "encoding": "bytes", "gpt2", "tokenizer.json" '
-                         'with its "model", or "chars" with "chars", all of them in one text')
+                         'with its "model", or "chars" with "chars", all vocab_size of them in one text')
     if min(len(train), len(val)) <= knobs.block_size:
         raise ValueError(f'{folder} has too few tokens for block_size = {knobs.block_size}: choose less')
     return meta, train, val
 
 def read_meta(folder):
-    """How text became tokens: meta.json, or what nanoGPT's prepare.py leaves. {} if neither can be read."""
+    """How text became tokens: meta.json, or what nanoGPT's prepare.py leaves. {} if there is neither."""
     with unless_damaged():
         if there(folder / 'meta.json'):
             return dict(json.loads((folder / 'meta.json').read_bytes()))
-        if not there(folder / 'meta.pkl') and there(folder / 'train.bin'):
-            return GPT2_TOKENS
-        with open(folder / 'meta.pkl', 'rb') as file:
-            theirs = PlainUnpickler(file).load()
-        chars = ''.join(theirs['itos'][i] for i in range(theirs['vocab_size']))
-        return dict(encoding='chars', vocab_size=len(chars), dtype='uint16', chars=chars)
-    return {}
+    if not there(folder / 'meta.pkl'):
+        return GPT2_TOKENS if there(folder / 'train.bin') and not there(folder / 'meta.json') else {}
+    chars = []
+    with unless_damaged(), open(folder / 'meta.pkl', 'rb') as file:
+        theirs = PlainUnpickler(file).load()
+        chars = [theirs['itos'][i] for i in range(theirs['vocab_size'])]
+    if not chars or any(type(c) is not str or len(c) != 1 for c in chars):
+        raise ValueError(f'{folder}/meta.pkl must be a dict with vocab_size and itos, one character for each '
+                         'token: write a meta.json for other tokens')
+    return dict(encoding='chars', vocab_size=len(chars), dtype='uint16', chars=''.join(chars))
 
 class PlainUnpickler(pickle.Unpickler):
     """Of dict, str and int alone: a pickle could call anything."""
@@ -357,7 +363,10 @@ def load_checkpoint(path, dicts=('model', 'config', 'meta')):
     checkpoint = None
     said = f'{path} is damaged, cut off, or not written by torch.save: use another one'
     with unless_damaged():
-        with open(path, 'rb') as stream, zipfile.ZipFile(stream) as file:
+        with open(path, 'rb') as file:
+            file.seek(-1, os.SEEK_END)      # an error of the disk shows here: to zipfile each is damage
+            file.read(1)
+        with zipfile.ZipFile(path) as file:
             packed = any(entry.compress_type for entry in file.infolist())      # it might grow to any size
             damaged = local_rank == 0 and file.testzip()            # torch.load looks at no checksums
         if not packed and not damaged:
@@ -368,9 +377,10 @@ def load_checkpoint(path, dicts=('model', 'config', 'meta')):
                 said = f'{path} holds Python objects ({what[0]}), which are not loaded: save plain values'
     if checkpoint is None:
         raise ValueError(said)
-    if not isinstance(checkpoint, dict) or all(isinstance(x, torch.Tensor) for x in checkpoint.values()):
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    if found and all(isinstance(x, torch.Tensor) for x in found.values()):
         raise ValueError(f'{path} holds weights alone, without their config: use a checkpoint of train.py')
-    missing = [name for name in dicts if not isinstance(checkpoint.get(name), dict)]
+    missing = [name for name in dicts if not isinstance(found.get(name), dict)]
     if missing:
         raise ValueError(f'{path} is no checkpoint of these scripts, it has no {missing[0]}: use another one')
     return checkpoint
@@ -383,8 +393,9 @@ def unless_damaged():
     except OSError as error:                # damage may send a reader to before the first byte: EINVAL
         if error.errno not in (errno.ENOENT, errno.EINVAL):
             raise
-    except Exception:
-        pass
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search('Too many open files|unable to mmap', str(error)):
+            raise OSError(str(error) or 'out of memory') from None
 
 def there(path):
     """Whether a file or folder exists. OSError if that cannot be known now: it must not pass for missing."""

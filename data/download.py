@@ -164,13 +164,14 @@ def publish_dataset(folder, **meta):
     """The two .part are written: names them, writes meta.json last, and prints the counts."""
     write_atomically(folder / 'meta.json', b'{}') # until then nothing must describe these files
     meta['crc32'] = dict(meta=crc32_of_fields(meta))
-    for split in ('train', 'val'):
-        path = folder / f'{split}.bin'
+    paths = [folder / 'train.bin', folder / 'val.bin']
+    for path in paths:
         publish(f'{path}.part', path)
-        meta['crc32'][split] = crc32(path)
+        meta['crc32'][path.stem] = crc32(path)
+    write_atomically(folder / 'meta.json', json.dumps(meta).encode())
+    for path in paths:
         tokens = path.stat().st_size // np.dtype(meta['dtype']).itemsize
         print(f'{folder.name}/{path.name}: {tokens:,} tokens')
-    write_atomically(folder / 'meta.json', json.dumps(meta).encode())
 
 def crc32(path):
     value = 0

@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 from pretrained import (OPENAI, build, chosen, conversation, ends_of_text, from_pretrained, load, tokenizer,
                         tokens_of)
 from runtime import PlainUnpickler, load_checkpoint, open_data, restarted
-from test_data import SHARED, bpe
+from test_data import SHARED, bpe, gpt2                                 # noqa: F401, a fixture
 from test_pretrained import (GPT2, LAYERNORM, LLAMA, NANO, RMSNORM, llama_folder, llama_tensors, words_of,
                              write_safetensors, written)
 from test_scripts import ROOT, SMALL, command, complaint, knobs_of, place, run, train, whole  # noqa: F401
@@ -108,17 +108,24 @@ def test_only_openais_own_tokens_are_gpt2s(tmp_path):
     assert tokens_of(str(folder))['encoding'] == 'unknown'              # 50,257 say nothing
     shutil.copy(vocab, folder / 'vocab.json')
     shutil.copy(merges, folder / 'merges.txt')
-    assert tokens_of(str(folder)) == OPENAI
-    turned = json.loads(vocab.read_text())
-    turned['Ġthe'], turned['Ġof'] = turned['Ġof'], turned['Ġthe']
-    (folder / 'vocab.json').write_text(json.dumps(turned))
-    assert tokens_of(str(folder))['encoding'] == 'unknown'
+    assert tokens_of(str(folder))['encoding'] == 'unknown'              # there may be others beside them
     with pytest.raises(ValueError, match='how its text became tokens: save its tokenizer.json there'):
         tokenizer(tokens_of(str(folder)))
     own = tokenizers.ByteLevelBPETokenizer(str(vocab), str(merges))
     own.add_special_tokens(['<|endoftext|>'])
     own.save(str(folder / 'tokenizer.json'))
     assert tokens_of(str(folder)) == OPENAI                             # as the hub has it
+    (folder / 'generation_config.json').write_text('{"eos_token_id": [198, 50256]}')
+    assert ends_of_text(tokens_of(str(folder))) == [198, 50256]
+    (folder / 'generation_config.json').unlink()
+    content = json.loads((folder / 'tokenizer.json').read_text())
+    turned = dict(content['model']['vocab'])
+    turned['Ġthe'], turned['Ġof'] = turned['Ġof'], turned['Ġthe']
+    for part, value in (('model', dict(content['model'], vocab=turned)), ('normalizer', dict(type='NFC')),
+                        ('post_processor', dict(type='TemplateProcessing')), ('pre_tokenizer', None),
+                        ('model', dict(type='Unigram', vocab=[['a', 0.0]]))):
+        (folder / 'tokenizer.json').write_text(json.dumps(content | {part: value}))
+        assert tokens_of(str(folder))['encoding'] == 'tokenizer.json', part
     own.add_special_tokens(['<|im_end|>'])
     own.save(str(folder / 'tokenizer.json'))
     gpt2_folder(folder, vocab_size=50258, eos_token_id=50257)
@@ -208,6 +215,14 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(kind, monkeypatch):
     assert len(pieces) > 20
     assert [token for piece in pieces for token in piece] == own.encode(text).ids
 
+@bpe
+def test_pieces_of_a_text_have_gpt2s_tokens_too(gpt2, monkeypatch):
+    text = 'def f(x):\n    return  x\n\n\nclass  A:\n\tpass\nfoo\n\nbar\n' * 40
+    monkeypatch.setattr(text_prepare, 'PIECE', 120)
+    encode, _ = tokenizer(OPENAI)
+    tokens = [token for piece in text_prepare.encoded(text, encode) for token in piece]
+    assert tokens == gpt2.encode(text)
+
 def test_a_token_that_spans_question_and_answer_belongs_to_the_answer():
     def encode(text):                       # ': C' is a token, as in a tokenizer that was reported
         return [ord(c) for c in text.replace(': C', '€')]
@@ -255,6 +270,7 @@ def test_prefixes_of_a_compiled_model_in_a_ddp(tmp_path):
 
 @pytest.mark.parametrize('changes', [
     dict(rope_scaling=dict(type='default', factor=1.0)), dict(hidden_act='swish'),
+    dict(rope_theta=None, rope_scaling=dict(rope_type='default', rope_theta=5000.0)),
     dict(rope_parameters=dict(rope_type='default', rope_theta=5000.0))], ids=str)
 def test_what_is_harmless_in_a_config_is_not_refused(tmp_path, changes):
     plain = from_pretrained(llama_folder(tmp_path / 'plain'))
@@ -400,8 +416,17 @@ def test_a_pickle_may_hold_nothing_but_dict_str_and_int(tmp_path):
     with open(path, 'rb') as file, pytest.raises(pickle.UnpicklingError, match='numpy'):
         PlainUnpickler(file).load()
 
-@pytest.mark.parametrize('change', [dict(encoding=None), dict(encoding='utf-8'),
-                                    dict(encoding='chars', chars={'a': 0})], ids=str)
+@pytest.mark.parametrize('itos', [{0: 'a', 1: 'the '}, {0: b'a', 1: b'b'}, {}], ids=str)
+def test_a_meta_pkl_of_other_tokens_is_a_sentence(tmp_path, monkeypatch, itos):
+    monkeypatch.chdir(tmp_path)
+    nanogpts_data(tmp_path / 'data' / 'mine')
+    Path('data/mine/meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=2, itos=itos)))
+    with pytest.raises(ValueError, match='data/mine/meta.pkl must be a dict with vocab_size and itos'):
+        open_data(SimpleNamespace(dataset='mine', block_size=8))
+
+@pytest.mark.parametrize('change', [
+    dict(encoding=None), dict(encoding='utf-8'), dict(encoding='chars', chars={'a': 0}),
+    dict(encoding='chars'), dict(encoding='chars', chars='ab'), dict(encoding='tokenizer.json')], ids=str)
 def test_a_meta_json_by_hand_is_checked_where_data_are_opened(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     nanogpts_data(tmp_path / 'data' / 'mine')
@@ -433,13 +458,20 @@ def test_a_checkpoint_of_nanogpt_finds_its_characters(tmp_path, monkeypatch):
 def test_export_says_what_nanogpts_sample_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     meta = dict(encoding='chars', chars=CHARS, vocab_size=len(CHARS))
-    path, _ = written(tmp_path, LAYERNORM, meta)
-    said = export(path, 'ckpt.pt')
-    assert said.endswith("in meta.pkl: nanoGPT's sample.py needs that file in its data/chars")
-    assert torch.load('ckpt.pt', weights_only=True)['config'] == dict(dataset='chars')
-    with open('meta.pkl', 'rb') as file:
-        found = PlainUnpickler(file).load()
-    assert found['vocab_size'] == 9 and found['itos'][1] == 'b' and found['stoi']['b'] == 1
+    path, ours = written(tmp_path, LAYERNORM, meta)                     # whose vocabulary has 97: padding
+    said = export(path, 'mine.pt')
+    assert said.endswith("sample.py needs mine.pt.pkl, with the characters, as its data/mine/meta.pkl")
+    found = torch.load('mine.pt', weights_only=True)
+    assert found['config'] == dict(dataset='mine') and found['model_args']['vocab_size'] == len(CHARS)
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        assert torch.equal(found['model'][name], ours.lm_head.weight[:len(CHARS)])
+    with open('mine.pt.pkl', 'rb') as file:
+        theirs = PlainUnpickler(file).load()
+    assert theirs['vocab_size'] == 9 and theirs['itos'][1] == 'b' and theirs['stoi']['b'] == 1
+    Path('data/mine').mkdir(parents=True)
+    shutil.move('mine.pt.pkl', 'data/mine/meta.pkl')
+    again, its_meta = build('mine.pt')                                  # ours reads it, too
+    assert its_meta['chars'] == CHARS and again.config.vocab_size == len(CHARS)
 
 def test_start_may_be_a_file(place, whole):                             # noqa: F811
     (place / 'prompt.txt').write_text('abc')
@@ -466,6 +498,7 @@ def test_config_files_of_nanogpt(tmp_path):
 
 @pytest.mark.parametrize('flag, words', [
     ('--learning_rat=1', r'learning_rat \(did you mean learning_rate\?\)'),
+    ('--eval_iter=1', r'eval_iter \(did you mean eval_iters\?\)'), ('--prompt=a', r'prompt \(leave it out\)'),
     ('--width=8', 'unknown here: width;')])
 def test_no_neighbour_that_means_something_else_is_suggested(flag, words):
     with pytest.raises(ValueError, match=words):

@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 PIECE = 1 << 20 # characters encoded at a time, about
 
 def borders(text):
-    """Where to cut a text: after a newline, with no white space behind it, as tokens end there."""
+    """Where to cut a text: after a newline that has no white space on either side, as tokens end there."""
     cuts = [0]
     while len(text) - cuts[-1] > PIECE:
-        lines = re.compile(r'\n(?=\S)').finditer(text, cuts[-1] + PIECE // 2, cuts[-1] + PIECE)
+        lines = re.compile(r'(?<=\S)\n(?=\S)').finditer(text, cuts[-1] + PIECE // 2, cuts[-1] + PIECE)
         cuts.append(max((line.end() for line in lines), default=cuts[-1] + PIECE))
     return [*cuts, len(text)]
 
