@@ -281,7 +281,7 @@ def test_a_stopped_retrofit_resumes_bit_for_bit(workshop):
 
 def test_its_checkpoints_are_sampled_and_trained_on_text_of_ones_own(workshop):
     source = 'student1/last.pt'
-    assert run(workshop, 'sample.py', init_from=source, max_new_tokens=5, prompt='ab')
+    assert run(workshop, 'sample.py', init_from=source, max_new_tokens=5, start='ab')
     (workshop / 'own.txt').write_text('abc cab ' * 50)
     own = workshop / 'data' / 'own'
     own.mkdir()
