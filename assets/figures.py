@@ -202,17 +202,16 @@ def landing(folder, axes):
     standard = read_run('12_standard_2')
     for part, case in (('0.2', 'midpoint'), ('0.1', 'leapfrog'), ('0.05', 'symplectic')):
         run = read_run(f'12_part_{part}')
-        steps = [step for step in run if step > 900]
+        steps = [step for step in run if step > 900 and step in standard]
         above = [run[step][0] - standard[step][0] for step in steps]
         smooth = [statistics.mean(above[max(0, i - 9):i + 1]) for i in range(len(above))]
         axes[0].plot(steps, smooth, color=COLORS[case])
         axes[1].plot(steps, [run[step][1] for step in steps], color=COLORS[case])
-        start = 1465 * (1 - float(part))
-        axes[1].text(start - 8, {'0.2': 0.75, '0.1': 0.5, '0.05': 0.25}[part], f'{float(part):.0%}', ha='right',
-                     color=ink(case))
+        axes[1].text(1465 * (1 - float(part)), 1.03, f'{float(part):.0%}', ha='center', color=ink(case))
+        note(axes[0], f'{float(part):.0%}', (steps[-1], smooth[-1]), (5, 0), color=ink(case))
     axes[0].axhline(0, color='black', linewidth=1)
-    axes[0].set(xlabel='steps', ylabel='training loss above standard, nats per byte', ylim=(-0.2, 0.4))
-    axes[1].set(xlabel='steps', ylabel='|a|', title='landing in the last part of the steps')
+    axes[0].set(xlabel='steps', ylabel="training loss above standard's", ylim=(-0.05, 0.1), xlim=(900, 1520))
+    axes[1].set(xlabel='steps', ylabel='|a|, which falls in the last part', ylim=(0, 1.1))
 
 # -----------------------------------------------------------------------------
 # conversion, and the walk of the states
