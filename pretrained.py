@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment        # torch brings it along
 
-from data.download import download, gpt2_encoding
+from data.download import download, gpt2_encoding, read_text
 from model import GPT, GPTConfig, step_sizes
 from runtime import fill, load_checkpoint, read_meta, say, shard
 
@@ -377,7 +377,7 @@ def conversation(meta, question):
     if 'model' not in meta:
         raise ValueError('the model has no chat template: leave --chat out')
     settings = read_json(find(meta['model'], 'tokenizer_config.json'))
-    template = settings.get('chat_template') or find(meta['model'], 'chat_template.jinja').read_text('utf-8')
+    template = settings.get('chat_template') or read_text(find(meta['model'], 'chat_template.jinja'))
     older = find(meta['model'], 'special_tokens_map.json', needed=False)
     settings = (read_json(older) if older else {}) | settings
     own = {key: value.get('content') if isinstance(value, dict) else value for key, value in settings.items()
