@@ -494,8 +494,8 @@ ROWS = [kill_train, kill_train_of_two_processes, kill_train_of_two_processes_wit
         kill_train_that_lands, kill_retrofit, kill_prepare, kill_download, full_disk_train,
         full_disk_retrofit, full_disk_prepare, full_disk_of_any_file, training_that_cannot_go_on,
         damaged_checkpoint, damaged_data, damaged_safetensors, damaged_tokenizer, command_lines,
-        hostile_files, two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two, two_machines,
-        restarts_go_on, restarts_go_on_with_shards]
+        hostile_files, two_runs_in_one_folder, a_process_of_two_dies, out_of_memory_in_one_of_two,
+        two_machines, restarts_go_on, restarts_go_on_with_shards]
 
 def dataset(name, content, vocab_size):
     folder = Path('data', name)
