@@ -51,8 +51,11 @@ def prepare(inputs, tokenizer_name='gpt2', folder=HERE, chars=False):
     if not paths:
         raise ValueError(f"there is no .txt file in {' '.join(inputs)}: name files, or folders with some")
     text = '\n\n'.join(map(read_text, paths))
-    own = ''.join(sorted(set(text)))
-    meta = dict(encoding='chars', vocab_size=len(own), chars=own) if chars else tokens_of(tokenizer_name)
+    if chars:
+        own = ''.join(sorted(set(text)))
+        meta = dict(encoding='chars', vocab_size=len(own), chars=own)
+    else:
+        meta = tokens_of(tokenizer_name)
     encode, _ = tokenizer(meta)
     dtype = np.min_scalar_type(meta['vocab_size'] - 1).name
     n = len(text) * 9 // 10
