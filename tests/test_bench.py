@@ -239,7 +239,7 @@ def test_throughput_at_the_largest_batch(place):
     row, = bench(place, 'throughput', cases='leapfrog', repeats=1, budget_gb=0.004, processor_time=True)
     assert row['GB'] == 0.004 and row['batch'] > 1 and row['tokens/s'] > 0
 
-STAND_IN = """
+NANOGPT = """
 from dataclasses import dataclass
 import model
 
@@ -256,6 +256,9 @@ class GPTConfig:                                # the names are nanoGPT's
 class GPT(model.GPT):
     def __init__(self, config):
         super().__init__(model.GPTConfig(scheme='standard', **vars(config)))
+"""
+
+STAND_IN = NANOGPT + """
         for weight in self.parameters():        # bench.py gives it those of the others
             weight.data.zero_()
 

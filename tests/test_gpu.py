@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runtime
-from test_bench import ROOT, bench, nondeterministic, place         # noqa: F401, two are fixtures
+from test_bench import NANOGPT, ROOT, bench, nondeterministic, place         # noqa: F401, two are fixtures
 
 pytestmark = pytest.mark.skipif(not shutil.which('bash') or not shutil.which('timeout'),
                                 reason='there is no bash, or no timeout')
@@ -38,25 +38,6 @@ def call(place, *words, **environment):
 INSTEAD = """
 for last; do :; done
 printf '%s\\n' "$@" > "${last#--json=}"
-"""
-
-NANOGPT = """
-from dataclasses import dataclass
-import model
-
-@dataclass
-class GPTConfig:                                # the names are nanoGPT's
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-
-class GPT(model.GPT):
-    def __init__(self, config):
-        super().__init__(model.GPTConfig(scheme='standard', **vars(config)))
 """
 
 def numbers(x):
