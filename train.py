@@ -58,7 +58,7 @@ class Knobs:
     h: float | list | str | None = None     # step size; 'once' of midpoint_a: each output arrives once
     a: float | list | str | None = None     # of midpoint_a
     bits: int | None = None                 # makes a trained standard model reversible, with a = -1 / 2^bits
-    land_part: float = 0.0                  # the last part of the steps, in which |a| falls to 1 / 256
+    land_part: float = 0.0                  # the last part of the steps, in which a and the rate fall to 0
     stored_layers: int | str | None = None  # the last layers, which keep their graphs; 'auto': as many as fit
     memory_gb: float | None = None          # GB for 'auto'; None: nine tenths of the GPU's memory
     exact: bool = True                      # integer states; False: floats, as in the paper
@@ -191,11 +191,13 @@ x, y = next(batches)                        # (B, T) each
 while step < knobs.max_iters:
     began = time.time()
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
+    ahead = (knobs.max_iters - step) / landing if landing else math.inf
+    if ahead <= 1:                          # the net changes: that takes a rate to learn by, then a rest
+        lr = ahead * knobs.learning_rate / 2
+        config = landed(replace(config, a=departure), max(0.0, 2 * ahead - 1))
+        model.config = config
     for group in optimizer.param_groups:
         group['lr'] = lr
-    if knobs.max_iters - step < landing:
-        config = landed(replace(config, a=departure), (knobs.max_iters - 1 - step) / landing)
-        model.config = config
     seed_step(knobs, step)
     model.largest = 0.0
     loss = 0.0
