@@ -7,7 +7,7 @@
 set -eu
 logs=results/landing
 mkdir -p $logs deployed
-keep() { cut -d, -f1,2,6,11 out_$1/log.csv > $logs/$1.csv; }            # step, loss, |a|, validation loss
+keep() { cut -d, -f1,2,3,6,11 out_$1/log.csv > $logs/$1.csv; }          # step, loss, rate, |a|, validation loss
 
 run() {             # a run from scratch: its name, and flags. At its end it says the loss as the standard net
     [ ! -e $logs/$1.csv ] || return 0
@@ -20,28 +20,35 @@ run() {             # a run from scratch: its name, and flags. At its end it say
 fly="--scheme=midpoint_a --a=-1 --h=once"
 r8="--learning_rate=8e-3 --min_lr=8e-4"
 r4="--learning_rate=4e-3 --min_lr=4e-4"
+r16="--learning_rate=1.6e-2 --min_lr=1.6e-3"
 long="--eval_interval=1172"
 deep="--n_layer=24 --stored_layers=24 --max_iters=732 --eval_interval=586"
 
+landings() {        # a name, the parts, and flags: one flight of four fifths, then each landing from there
+    run $1_flight $long "${@:3}" --max_iters=1172 --lr_decay_iters=1465
+    for part in $2; do
+        [ -e out_$1_$part ] || cp -r out_$1_flight out_$1_$part
+        run $1_$part $long "${@:3}" --lr_decay_iters=1465 --land_part=$part
+    done
+}
+
 scratch() {
     for s in 2 3 4; do
-        run 12_land_$s $long $fly $r8 --land_part=0.1 --seed=$s
+        landings 12_land_$s "0.2 0.1" $fly $r8 --seed=$s
         run 12_standard_$s $long --scheme=standard $r8 --seed=$s
         run 24_land_$s $deep $fly $r8 --land_part=0.1 --seed=$s
         run 24_standard_$s $deep --scheme=standard $r8 --seed=$s
+        run 24_leapfrog_$s $deep --scheme=leapfrog --h=0.0625 $r8 --seed=$s
+        run 24_symplectic_$s $deep --scheme=symplectic $r8 --seed=$s
     done
+    landings 12_land_2 "0.05 0.02 0.005 0" $fly $r8 --seed=2
     run 12_land_2_half $long $fly $r4 --land_part=0.1 --seed=2
-    run 24_land_2_half $deep $fly $r4 --land_part=0.1 --seed=2
-    run 24_standard_2_half $deep --scheme=standard $r4 --seed=2
-    # one flight of four fifths, then landings of several lengths; other rates at the end; a longer landing
-    run 12_flight $long $fly $r8 --seed=2 --max_iters=1172 --lr_decay_iters=1465
-    for part in 0.2 0.1 0.05 0.02 0.005 0; do
-        [ -e out_12_part_$part ] || cp -r out_12_flight out_12_part_$part
-        run 12_part_$part $long $fly $r8 --seed=2 --lr_decay_iters=1465 --land_part=$part
-    done
-    run 12_land_2_up $long $fly --learning_rate=8e-3 --min_lr=4e-3 --seed=2 --land_part=0.1
-    for s in 2 3 4; do
-        run 12_land_${s}_50 $long $fly $r8 --land_part=0.5 --seed=$s
+    for rate in half double; do
+        [ $rate = half ] && r=$r4 || r=$r16
+        run 24_land_2_$rate $deep $fly $r --land_part=0.1 --seed=2
+        run 24_standard_2_$rate $deep --scheme=standard $r --seed=2
+        run 24_leapfrog_2_$rate $deep --scheme=leapfrog --h=0.0625 $r --seed=2
+        run 24_symplectic_2_$rate $deep --scheme=symplectic $r --seed=2
     done
 }
 
@@ -52,32 +59,43 @@ tune() {            # a name, the last step, and flags
         --lr_decay_iters=150 --eval_interval=1000 --log_interval=5 --max_iters=$2 --out_dir=out_tune_$1 \
         "${@:3}"
 }
-judge() {           # a name, and perhaps --as_standard=True: losses, and the deployed model
+judge() {           # a name, and perhaps --as_standard=True: losses, and the deployed model. Then its 1.6 GB go
     python evaluate.py --init_from=out_tune_$1/last.pt --datasets=debian,stdlib --block_size=512 \
         --eval_windows=24 --batch_size=4 --dtype=bfloat16 --json=$logs/tune_$1.json "${@:2}"
-    python export.py out_tune_$1/last.pt deployed/$1 "${@:2}"
+    (cd deployed; python ../export.py ../out_tune_$1/last.pt $1 "${@:2}")   # no data there: measured above
     keep tune_$1
+    rm out_tune_$1/*.pt
 }
-bits() {            # a name, the parts in which it lands, and flags. What lands leaves the run that does not
+bits() {            # a name, landings and the steps before, and flags. All leave from one flight
     [ ! -e $logs/tune_$1.csv ] || return 0
-    tune $1 120 "${@:3}"
-    for part in $2; do
-        steps=$(python -c "print(150 - round(150 * $part))")
-        tune $1 $steps --init_from=resume "${@:3}"
+    from=
+    for row in $2; do
+        part=${row%:*}
+        tune $1 ${row#*:} $from "${@:3}"
+        from=--init_from=resume
         cp -r out_tune_$1 out_tune_$1_$part
-        tune $1_$part 150 --init_from=resume "${@:3}" --land_part=$part
+        tune $1_$part 150 $from "${@:3}" --land_part=$part
         judge $1_$part --as_standard=True
     done
-    tune $1 150 --init_from=resume "${@:3}"
+    tune $1 150 $from "${@:3}"
     judge $1 --as_standard=True
 }
+a() { python -c "print(str([-1 / 2**int(bits) for bits in '$1']).replace(' ', ''))"; }
 
-tuned() {
+all="0.2:120 0.1:135 0.05:142"
+
+tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
     [ -e $logs/tune_8.csv ] || { tune 8 150 --bits=8; judge 8 --as_standard=True; }
-    bits 4 0.1 --bits=4
-    # 1 bit on average, as retrofit.py spreads it: none in the first layer, two in the last
-    one=$(python -c "print(str([-1.0] + 28 * [-0.5] + [-0.25]).replace(' ', ''))")
-    bits 1spread "0.2 0.1 0.05" --scheme=midpoint_a --a=$one
+    for k in 4 2 1; do
+        bits $k "$all" --bits=$k
+    done
+    bits 4spread "$all" --scheme=midpoint_a --a=$(a 084444444444444444444444442248)
+    bits 2spread "$all" --scheme=midpoint_a --a=$(a 022222222242222222224221121124)
+    bits 1spread "$all" --scheme=midpoint_a --a=$(a 011111111111111111111111111112)
+    for name in standard 8 4 4_0.1 4spread 4spread_0.1 1spread_0.1; do
+        [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
+            --dtype=bfloat16 --json=$logs/piqa_$name.json
+    done
 }
-$1
+"$@"

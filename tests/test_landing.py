@@ -16,7 +16,7 @@ from test_reversible import batch, build as tiny, error, gradients
 from test_scripts import SMALL, assert_same_weights, command, complaint, place, rows, run, train
 
 FLY = dict(SMALL, scheme='midpoint_a', a=-1, h='once', n_layer=3, dropout=0.1)
-LAND = dict(FLY, land_part=0.5)
+LAND = dict(FLY, land_part=0.5, learning_rate=1e-3)
 
 def test_once_is_one_over_the_layers_above_at_zero_bits():
     config = GPTConfig(scheme='midpoint_a', a=-1, h='once', n_layer=4)
@@ -76,8 +76,10 @@ def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     standard = float(said.split('as the standard net: val_loss ')[1].split()[0])
     assert standard == pytest.approx(last, abs=2e-3)
     with open(place / 'landed' / 'log.csv', newline='') as file:
-        sizes = [float(row['a']) for row in csv.DictReader(file) if row['a']]
-    assert sizes[:4] == [1.0] * 4 and sizes[-1] == 1 / 256 and sizes == sorted(sizes, reverse=True)
+        steps = [row for row in csv.DictReader(file) if row['a']]
+    sizes = [float(row['a']) for row in steps]
+    assert sizes[:5] == [1.0] * 5 and sizes[-2:] == [1 / 256] * 2 and sizes == sorted(sizes, reverse=True)
+    assert [float(row['lr']) for row in steps[4:]] == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
     stop_in_the_air(place, 'stopped')
     assert train(place, 'stopped', **{**LAND, 'init_from': 'resume'}) == rows(place, 'landed')
     assert_same_weights(place, 'landed', 'stopped')
