@@ -67,7 +67,7 @@ class Knobs:
     verify: bool = True                     # stop if the backward pass has rebuilt other states
     # optimizer: AdamW, with a warm-up and a cosine
     learning_rate: float = 6e-4
-    min_lr: float = 6e-5
+    min_lr: float = 6e-5                    # half of learning_rate in a run that lands
     max_iters: int = 600000                 # steps
     warmup_iters: int = 2000
     lr_decay_iters: int | None = None       # None: max_iters
@@ -146,6 +146,7 @@ landing = knobs.land_part * knobs.max_iters     # steps
 departure = checkpoint.get('departure', config.a)
 if landing:
     as_standard(config)                     # raises an error if there is no way to it
+    knobs.min_lr = knobs.learning_rate / 2  # the net changes while it lands: that takes a rate to learn by
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
                      f"needed are {meta['vocab_size']} and {knobs.block_size}")
@@ -192,8 +193,8 @@ while step < knobs.max_iters:
     began = time.time()
     lr = cosine(knobs, step) if knobs.decay_lr else knobs.learning_rate
     ahead = (knobs.max_iters - step) / landing if landing else math.inf
-    if ahead <= 1:                          # the net changes: that takes a rate to learn by, then a rest
-        lr = ahead * knobs.learning_rate / 2
+    if ahead <= 1:
+        lr *= ahead
         config = landed(replace(config, a=departure), max(0.0, 2 * ahead - 1))
         model.config = config
     for group in optimizer.param_groups:

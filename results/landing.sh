@@ -25,7 +25,7 @@ long="--eval_interval=1172"
 deep="--n_layer=24 --stored_layers=24 --max_iters=732 --eval_interval=586"
 
 landings() {        # a name, the parts, and flags: one flight of four fifths, then each landing from there
-    run $1_flight $long "${@:3}" --max_iters=1172 --lr_decay_iters=1465
+    run $1_flight $long "${@:3}" --min_lr=4e-3 --max_iters=1172 --lr_decay_iters=1465
     for part in $2; do
         [ -e out_$1_$part ] || cp -r out_$1_flight out_$1_$part
         run $1_$part $long "${@:3}" --lr_decay_iters=1465 --land_part=$part
@@ -41,7 +41,8 @@ scratch() {
         run 24_leapfrog_$s $deep --scheme=leapfrog --h=0.0625 $r8 --seed=$s
         run 24_symplectic_$s $deep --scheme=symplectic $r8 --seed=$s
     done
-    landings 12_land_2 "0.05 0.02 0.005 0" $fly $r8 --seed=2
+    landings 12_land_2 "0.05 0.02 0.005" $fly $r8 --seed=2
+    run 12_flight_2 $long $fly $r8 --seed=2
     run 12_land_2_half $long $fly $r4 --land_part=0.1 --seed=2
     for rate in half double; do
         [ $rate = half ] && r=$r4 || r=$r16
@@ -66,28 +67,21 @@ judge() {           # a name, and perhaps --as_standard=True: losses, and the de
     keep tune_$1
     rm out_tune_$1/*.pt
 }
-bits() {            # a name, landings and the steps before, and flags. All leave from one flight
-    [ ! -e $logs/tune_$1.csv ] || return 0
-    from=
-    for row in $2; do
-        part=${row%:*}
-        tune $1 ${row#*:} $from "${@:3}"
-        from=--init_from=resume
-        cp -r out_tune_$1 out_tune_$1_$part
-        tune $1_$part 150 $from "${@:3}" --land_part=$part
+bits() {            # a name, the parts in which it lands, and flags
+    [ -e $logs/tune_$1.csv ] || { tune $1 150 "${@:3}"; judge $1 --as_standard=True; }
+    for part in $2; do
+        [ ! -e $logs/tune_$1_$part.csv ] || continue
+        tune $1_$part 150 "${@:3}" --land_part=$part
         judge $1_$part --as_standard=True
     done
-    tune $1 150 $from "${@:3}"
-    judge $1 --as_standard=True
 }
 a() { python -c "print(str([-1 / 2**int(bits) for bits in '$1']).replace(' ', ''))"; }
 
-all="0.2:120 0.1:135 0.05:142"
+all="0.2 0.1 0.05"
 
 tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
-    [ -e $logs/tune_8.csv ] || { tune 8 150 --bits=8; judge 8 --as_standard=True; }
-    for k in 4 2 1; do
+    for k in 8 4 2 1; do
         bits $k "$all" --bits=$k
     done
     bits 4spread "$all" --scheme=midpoint_a --a=$(a 084444444444444444444444442248)
