@@ -230,7 +230,7 @@ while step < knobs.max_iters:
         speed, left = pace(knobs, step, seconds)
         seconds = []
         mfu = speed * flops_per_token / (peak_flops * world) if peak_flops else None
-        size_of_a = max(abs(x) for x in config.per_layer('a')) if landing else None
+        size_of_a = max(abs(x or 0) for x in config.per_layer('a')) if landing else None
         record(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, peak_gb=peak_memory(here.kind),
                mfu=mfu, left=left, range_used=used, a=size_of_a)
     if step % knobs.eval_interval == 0 or step == knobs.max_iters:

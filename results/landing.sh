@@ -36,8 +36,10 @@ scratch() {
     for s in 2 3 4; do
         landings 12_land_$s "0.2 0.1" $fly $r8 --seed=$s
         run 12_standard_$s $long --scheme=standard $r8 --seed=$s
+        run 12_standard_${s}_0.1 $long --scheme=standard $r8 --land_part=0.1 --seed=$s
         run 24_land_$s $deep $fly $r8 --land_part=0.1 --seed=$s
         run 24_standard_$s $deep --scheme=standard $r8 --seed=$s
+        run 24_standard_${s}_0.1 $deep --scheme=standard $r8 --land_part=0.1 --seed=$s
         run 24_leapfrog_$s $deep --scheme=leapfrog --h=0.0625 $r8 --seed=$s
         run 24_symplectic_$s $deep --scheme=symplectic $r8 --seed=$s
     done

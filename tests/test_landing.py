@@ -85,6 +85,16 @@ def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     assert train(place, 'stopped', **{**LAND, 'init_from': 'resume'}) == rows(place, 'landed')
     assert_same_weights(place, 'landed', 'stopped')
 
+def test_of_a_standard_net_only_the_rate_lands(place):
+    """The baseline of a landing: the same steps, the same rates."""
+    run(place, 'train.py', out_dir='landed', **LAND)
+    run(place, 'train.py', out_dir='standard', **dict(LAND, scheme='standard', a=None, h=None))
+    rates = []
+    for name in 'landed', 'standard':
+        with open(place / name / 'log.csv', newline='') as file:
+            rates.append([row['lr'] for row in csv.DictReader(file)])
+    assert rates[0] == rates[1]
+
 def test_a_landing_goes_on_with_another_number_of_processes(place):
     """Within rounding: two processes add up their gradients in another order."""
     flags = dict(LAND, dropout=0.0, gradient_accumulation_steps=2)
