@@ -256,7 +256,7 @@ def landed(config, left):
     """
     The GPTConfig of midpoint_a with |a| times left, and 1 / 256 at least. It is rounded to n / 2^k with n up
     to 8: so it can be undone, a step needs few bits more than the one before, and n * v stays in its range.
-    A standard net has landed.
+    A standard net stays as it is.
     """
     if config.scheme == 'standard':
         return config

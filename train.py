@@ -144,8 +144,12 @@ else:
 config = model.config                       # with the a that was drawn
 landing = knobs.land_part * knobs.max_iters     # steps
 departure = checkpoint.get('departure', config.a)
+if knobs.max_iters - step >= landing:       # not in the middle of a landing
+    departure = config.a
 if landing:
     as_standard(config)                     # raises an error if there is no way to it
+    if landing < 2:
+        raise ValueError(f'land_part = {knobs.land_part} is {landing:.3g} steps: a landing takes 2 or more')
     knobs.min_lr = knobs.learning_rate / 2  # the net changes while it lands: that takes a rate to learn by
 if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_size:
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '

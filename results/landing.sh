@@ -1,5 +1,6 @@
-# Landing on a standard model: every table of results/landing.md. A night on one core of a CPU. Run again, it
-# keeps finished runs. The weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
+# Landing on a standard model: the tables of results/landing.md, but for the rows of older commits. Days on a
+# core. It keeps finished runs: to make them anew, delete results/landing/*.csv and piqa_*.json first. The
+# weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
 #
 #     pip install -r requirements.txt tokenizers
 #     python data/python/prepare.py && OMP_NUM_THREADS=1 bash results/landing.sh scratch
@@ -7,7 +8,7 @@
 set -eu
 logs=results/landing
 mkdir -p $logs deployed
-keep() { cut -d, -f1,2,3,6,11 out_$1/log.csv > $logs/$1.csv; }          # step, loss, rate, |a|, validation loss
+keep() { cut -d, -f1-4,6,11 out_$1/log.csv > $logs/$1.csv; }    # step, loss, rate, norm, |a|, validation loss
 
 run() {             # a run from scratch: its name, and flags. At its end it says the loss as the standard net
     [ ! -e $logs/$1.csv ] || return 0
@@ -25,8 +26,9 @@ long="--eval_interval=1172"
 deep="--n_layer=24 --stored_layers=24 --max_iters=732 --eval_interval=586"
 
 landings() {        # a name, the parts, and flags: one flight of four fifths, then each landing from there
-    run $1_flight $long "${@:3}" --min_lr=4e-3 --max_iters=1172 --lr_decay_iters=1465
     for part in $2; do
+        [ ! -e $logs/$1_$part.csv ] || continue
+        run $1_flight $long "${@:3}" --min_lr=4e-3 --max_iters=1172 --lr_decay_iters=1465
         [ -e out_$1_$part ] || cp -r out_$1_flight out_$1_$part
         run $1_$part $long "${@:3}" --lr_decay_iters=1465 --land_part=$part
     done
@@ -62,9 +64,10 @@ tune() {            # a name, the last step, and flags
         --lr_decay_iters=150 --eval_interval=1000 --log_interval=5 --max_iters=$2 --out_dir=out_tune_$1 \
         "${@:3}"
 }
-judge() {           # a name, and perhaps --as_standard=True: losses, and the deployed model. Then its 1.6 GB go
+judge() {           # a name, and perhaps --as_standard=True: losses, the deployed model. Then its 1.6 GB go
     python evaluate.py --init_from=out_tune_$1/last.pt --datasets=debian,stdlib --block_size=512 \
         --eval_windows=24 --batch_size=4 --dtype=bfloat16 --json=$logs/tune_$1.json "${@:2}"
+    rm -rf deployed/$1
     (cd deployed; python ../export.py ../out_tune_$1/last.pt $1 "${@:2}")   # no data there: measured above
     keep tune_$1
     rm out_tune_$1/*.pt

@@ -117,6 +117,7 @@ def test_processes_and_shards_land_alike(place):
     (dict(scheme='leapfrog', a=None, h=None), "leapfrog is near no standard net: only midpoint_a with h ="),
     (dict(h=0.25), "only midpoint_a with h = 'once' is"),
     (dict(a='random', h=0.25), "only midpoint_a with h = 'once' is"),
+    (dict(land_part=0.2), 'land_part = 0.2 is 1.6 steps: a landing takes 2 or more'),
     (dict(land_part=1.5), 'land_part = 1.5 must be from 0 to 1')])
 def test_what_cannot_land_is_one_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**LAND, **flags})
