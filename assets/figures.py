@@ -194,24 +194,26 @@ def loss(paths, axes):
         label.set_color(ink(label.get_text()))
 
 def landing(folder, axes):
-    """The loss of each step above that of the standard net on the same data, mean of 50 steps; and |a|."""
+    """The loss of each step above the standard net's on the same data, mean of 50 steps; |a|, the rate."""
     def read_run(name):
         rows = [row for row in read_csv(f'{folder}/{name}.csv') if row['loss']]
-        return {int(row['step']): (float(row['loss']), float(row['a'] or 1)) for row in rows}
+        return {int(row['step']): (float(row['loss']), float(row.get('a') or 1), float(row.get('lr') or 0))
+                for row in rows}
 
-    standard = read_run('12_standard_2')
+    standard = read_run('12_standard_2_0.1')
     for part, case in (('0.2', 'midpoint'), ('0.1', 'leapfrog'), ('0.05', 'symplectic')):
-        run = read_run(f'12_part_{part}')
+        run = read_run(f'12_land_2_{part}')
         steps = [step for step in run if step > 900 and step in standard]
         above = [run[step][0] - standard[step][0] for step in steps]
         smooth = [statistics.mean(above[max(0, i - 9):i + 1]) for i in range(len(above))]
         axes[0].plot(steps, smooth, color=COLORS[case])
         axes[1].plot(steps, [run[step][1] for step in steps], color=COLORS[case])
+        axes[1].plot(steps, [run[step][2] / 8e-3 for step in steps], ':', color=COLORS[case])
         axes[1].text(1465 * (1 - float(part)), 1.03, f'{float(part):.0%}', ha='center', color=ink(case))
         note(axes[0], f'{float(part):.0%}', (steps[-1], smooth[-1]), (5, 0), color=ink(case))
     axes[0].axhline(0, color='black', linewidth=1)
-    axes[0].set(xlabel='steps', ylabel="training loss above standard's", ylim=(-0.05, 0.1), xlim=(900, 1520))
-    axes[1].set(xlabel='steps', ylabel='|a|, which falls in the last part', ylim=(0, 1.1))
+    axes[0].set(xlabel='steps', ylabel="training loss above standard's", ylim=(-0.05, 0.12), xlim=(900, 1520))
+    axes[1].set(xlabel='steps', ylabel='|a|; dotted: the rate over its peak', ylim=(0, 1.1))
 
 # -----------------------------------------------------------------------------
 # conversion, and the walk of the states
