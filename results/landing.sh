@@ -86,6 +86,7 @@ all="0.2 0.1 0.05"
 
 tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
+    [ -e $logs/tune_standard_0.1.csv ] || { tune standard_0.1 150 --land_part=0.1; judge standard_0.1; }
     for k in 8 4 2 1; do
         bits $k "$all" --bits=$k
     done
