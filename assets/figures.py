@@ -197,8 +197,7 @@ def landing(folder, axes):
     """The loss of each step above the standard net's on the same data, mean of 50 steps; |a|, the rate."""
     def read_run(name):
         rows = [row for row in read_csv(f'{folder}/{name}.csv') if row['loss']]
-        return {int(row['step']): (float(row['loss']), float(row.get('a') or 1), float(row.get('lr') or 0))
-                for row in rows}
+        return {int(row['step']): [float(row[key] or 1) for key in ('loss', 'a', 'lr')] for row in rows}
 
     standard = read_run('12_standard_2_0.1')
     for part, case in (('0.2', 'midpoint'), ('0.1', 'leapfrog'), ('0.05', 'symplectic')):

@@ -57,6 +57,10 @@ def test_near_the_ground_it_is_the_standard_net():
     standard = far(idx)[0]
     assert (near - standard).norm() < 0.02 * standard.norm() < 0.2 * (logits - standard).norm()
 
+def logged(place, name):
+    with open(place / name / 'log.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
 def stop_in_the_air(place, name, **flags):
     """A run that is told to stop while |a| falls."""
     words = command('train.py', **dict(LAND, out_dir=name, **flags))
@@ -75,8 +79,7 @@ def test_a_landing_resumes_bit_for_bit_and_ends_near_the_standard_net(place):
     last = float(rows(place, 'landed')[-1][-1])
     standard = float(said.split('as the standard net: val_loss ')[1].split()[0])
     assert standard == pytest.approx(last, abs=2e-3)
-    with open(place / 'landed' / 'log.csv', newline='') as file:
-        steps = [row for row in csv.DictReader(file) if row['a']]
+    steps = [row for row in logged(place, 'landed') if row['a']]
     sizes = [float(row['a']) for row in steps]
     assert sizes[:5] == [1.0] * 5 and sizes[-2:] == [1 / 256] * 2 and sizes == sorted(sizes, reverse=True)
     rates = [8.75e-4, 0.75 * 7.5e-4, 0.5 * 6.25e-4, 0.25 * 5.335e-4]    # a cosine to half, falling to 0
@@ -89,11 +92,15 @@ def test_of_a_standard_net_only_the_rate_lands(place):
     """The baseline of a landing: the same steps, the same rates."""
     run(place, 'train.py', out_dir='landed', **LAND)
     run(place, 'train.py', out_dir='standard', **dict(LAND, scheme='standard', a=None, h=None))
-    rates = []
-    for name in 'landed', 'standard':
-        with open(place / name / 'log.csv', newline='') as file:
-            rates.append([row['lr'] for row in csv.DictReader(file)])
-    assert rates[0] == rates[1]
+    landed, standard = ([row['lr'] for row in logged(place, name)] for name in ('landed', 'standard'))
+    assert landed == standard
+
+def test_what_has_landed_stays_down_if_it_goes_on(place):
+    """With more steps it lands again, from where it is. It does not go back to its first a."""
+    run(place, 'train.py', out_dir='on', **LAND)
+    run(place, 'train.py', **dict(LAND, out_dir='on', init_from='resume', max_iters=16))
+    sizes = [float(row['a']) for row in logged(place, 'on') if row['a']]
+    assert sizes[0] == 1 and len(sizes) == 16 and set(sizes[8:]) == {1 / 256}
 
 def test_a_landing_goes_on_with_another_number_of_processes(place):
     """Within rounding: two processes add up their gradients in another order."""
