@@ -200,18 +200,19 @@ def landing(folder, axes):
         return {int(row['step']): [float(row[key] or 1) for key in ('loss', 'a', 'lr')] for row in rows}
 
     standard = read_run('12_standard_2_0.1')
-    for part, case in (('0.2', 'midpoint'), ('0.1', 'leapfrog'), ('0.05', 'symplectic')):
-        run = read_run(f'12_land_2_{part}')
+    for name, text, case in (('12_land_2_0.2', '0 bits, 20%', 'midpoint'),
+                             ('12_land_2_0.1', '0 bits, 10%', 'leapfrog'),
+                             ('12_land1_2_0.1', '1 bit, 10%', 'symplectic')):
+        run = read_run(name)
         steps = [step for step in run if step > 900 and step in standard]
         above = [run[step][0] - standard[step][0] for step in steps]
         smooth = [statistics.mean(above[max(0, i - 9):i + 1]) for i in range(len(above))]
         axes[0].plot(steps, smooth, color=COLORS[case])
         axes[1].plot(steps, [run[step][1] for step in steps], color=COLORS[case])
         axes[1].plot(steps, [run[step][2] / 8e-3 for step in steps], ':', color=COLORS[case])
-        axes[1].text(1465 * (1 - float(part)), 1.03, f'{float(part):.0%}', ha='center', color=ink(case))
-        note(axes[0], f'{float(part):.0%}', (steps[-1], smooth[-1]), (5, 0), color=ink(case))
+        note(axes[0], text, (steps[-1], smooth[-1]), (5, 0), color=ink(case))
     axes[0].axhline(0, color='black', linewidth=1)
-    axes[0].set(xlabel='steps', ylabel="training loss above standard's", ylim=(-0.05, 0.12), xlim=(900, 1520))
+    axes[0].set(xlabel='steps', ylabel="training loss above standard's", ylim=(-0.05, 0.12), xlim=(900, 1600))
     axes[1].set(xlabel='steps', ylabel='|a|; dotted: the rate over its peak', ylim=(0, 1.1))
 
 # -----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 # core. It keeps finished runs: to make them anew, delete results/landing/*.csv and piqa_*.json first. The
 # weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
 #
-#     pip install -r requirements.txt tokenizers
+#     pip install -r requirements.txt tokenizers transformers==5.24.0 ctranslate2==4.8.5
 #     python data/python/prepare.py && OMP_NUM_THREADS=1 bash results/landing.sh scratch
 #     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bash results/landing.sh tuned
 set -eu
@@ -19,6 +19,7 @@ run() {             # a run from scratch: its name, and flags. At its end it say
     keep $1
 }
 fly="--scheme=midpoint_a --a=-1 --h=once"
+fly1="--scheme=midpoint_a --a=-0.5 --h=once"        # 1 bit
 r8="--learning_rate=8e-3 --min_lr=8e-4"
 r4="--learning_rate=4e-3 --min_lr=4e-4"
 r16="--learning_rate=1.6e-2 --min_lr=1.6e-3"
@@ -44,7 +45,14 @@ scratch() {
         run 24_standard_${s}_0.1 $deep --scheme=standard $r8 --land_part=0.1 --seed=$s
         run 24_leapfrog_$s $deep --scheme=leapfrog --h=0.0625 $r8 --seed=$s
         run 24_symplectic_$s $deep --scheme=symplectic $r8 --seed=$s
+        run 12_land1_${s}_0.1 $long $fly1 $r8 --land_part=0.1 --seed=$s
+        run 24_land1_${s}_0.1 $deep $fly1 $r8 --land_part=0.1 --seed=$s
     done
+    run 12_land4_2_0.1 $long $fly --a=-0.0625 $r8 --land_part=0.1 --seed=2
+    run 12_land8_2_0.1 $long $fly --a=-0.00390625 $r8 --land_part=0.1 --seed=2
+    run 12_land1_5_0.1 $long $fly1 $r8 --land_part=0.1 --seed=5
+    run 12_standard_5_0.1 $long --scheme=standard $r8 --land_part=0.1 --seed=5
+    run 12_land_5_0.1 $long $fly $r8 --land_part=0.1 --seed=5
     landings 12_land_2 "0.05 0.02 0.005" $fly $r8 --seed=2
     run 12_flight_2 $long $fly $r8 --seed=2
     run 12_land_2_half $long $fly $r4 --land_part=0.1 --seed=2
@@ -72,27 +80,38 @@ judge() {           # a name, and perhaps --as_standard=True: losses, the deploy
     keep tune_$1
     rm out_tune_$1/*.pt
 }
-bits() {            # a name, the parts in which it lands, and flags
-    [ -e $logs/tune_$1.csv ] || { tune $1 150 "${@:3}"; judge $1 --as_standard=True; }
+lands() {           # a name, the parts in which it lands, and flags: as landings() does from scratch
     for part in $2; do
         [ ! -e $logs/tune_$1_$part.csv ] || continue
-        tune $1_$part 150 "${@:3}" --land_part=$part
+        [ -e out_tune_$1_flight/last.pt ] || tune $1_flight 120 --min_lr=2.5e-5 "${@:3}"
+        [ -e out_tune_$1_$part/last.pt ] || cp -rT out_tune_$1_flight out_tune_$1_$part
+        tune $1_$part 150 "${@:3}" --land_part=$part --init_from=resume
         judge $1_$part --as_standard=True
     done
+    rm -f out_tune_$1_flight/*.pt
+}
+bits() {            # the same, and before it a run that does not land
+    [ -e $logs/tune_$1.csv ] || { tune $1 150 "${@:3}"; judge $1 --as_standard=True; }
+    lands "$@"
 }
 a() { python -c "print(str([-1 / 2**int(bits) for bits in '$1']).replace(' ', ''))"; }
 
 all="0.2 0.1 0.05"
+high="--learning_rate=2e-4 --min_lr=1e-4"
 
 tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
-    [ -e $logs/tune_standard_0.1.csv ] || { tune standard_0.1 150 --land_part=0.1; judge standard_0.1; }
+    lands standard 0.1 --scheme=standard
     for k in 8 4 2 1; do
         bits $k "$all" --bits=$k
     done
     bits 4spread "$all" --scheme=midpoint_a --a=$(a 084444444444444444444444442248)
     bits 2spread "$all" --scheme=midpoint_a --a=$(a 022222222242222222224221121124)
-    bits 1spread "$all" --scheme=midpoint_a --a=$(a 011111111111111111111111111112)
+    ones=$(a 011111111111111111111111111112)
+    bits 1spread "$all" --scheme=midpoint_a --a=$ones
+    lands 1spreadhigh 0.1 --scheme=midpoint_a --a=$ones $high
+    lands standardhigh 0.1 --scheme=standard $high
+    python results/int8.py data/debian deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
     for name in standard 8 4 4_0.1 4spread 4spread_0.1 1spread_0.1; do
         [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
             --dtype=bfloat16 --json=$logs/piqa_$name.json
