@@ -1,5 +1,6 @@
 """
-Exported models in another program: CTranslate2 converts them, and computes their loss in float32 and in int8.
+Exported models in another program: CTranslate2 converts them, and computes their loss in float32 and in int8,
+where it rounds the weights and what they multiply. Run it from the root of the repository.
 
     pip install -r requirements.txt transformers==5.24.0 ctranslate2==4.8.5
     python results/int8.py data/debian FOLDER ...

@@ -1,11 +1,12 @@
 # Landing on a standard model: the tables of results/landing.md, but for the rows of older commits. Days on a
-# core. It keeps finished runs: to make them anew, delete results/landing/*.csv and piqa_*.json first. The
-# weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
+# core. It skips what has a file in results/landing: delete the csv of the runs to make anew, and piqa_*.json
+# and int8.json. The weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
 #
 #     pip install -r requirements.txt tokenizers transformers==5.24.0 ctranslate2==4.8.5
 #     python data/python/prepare.py && OMP_NUM_THREADS=1 bash results/landing.sh scratch
 #     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bash results/landing.sh tuned
 set -eu
+trap "exit 130" INT          # or the next run would begin
 logs=results/landing
 mkdir -p $logs deployed
 keep() { cut -d, -f1-4,6,11 out_$1/log.csv > $logs/$1.csv; }    # step, loss, rate, norm, |a|, validation loss
@@ -22,7 +23,6 @@ fly="--scheme=midpoint_a --a=-1 --h=once"
 fly1="--scheme=midpoint_a --a=-0.5 --h=once"        # 1 bit
 r8="--learning_rate=8e-3 --min_lr=8e-4"
 r4="--learning_rate=4e-3 --min_lr=4e-4"
-r16="--learning_rate=1.6e-2 --min_lr=1.6e-3"
 long="--eval_interval=1172"
 deep="--n_layer=24 --stored_layers=24 --max_iters=732 --eval_interval=586"
 
@@ -55,14 +55,7 @@ scratch() {
     run 12_land_5_0.1 $long $fly $r8 --land_part=0.1 --seed=5
     landings 12_land_2 "0.05 0.02 0.005" $fly $r8 --seed=2
     run 12_flight_2 $long $fly $r8 --seed=2
-    run 12_land_2_half $long $fly $r4 --land_part=0.1 --seed=2
-    for rate in half double; do
-        [ $rate = half ] && r=$r4 || r=$r16
-        run 24_land_2_$rate $deep $fly $r --land_part=0.1 --seed=2
-        run 24_standard_2_$rate $deep --scheme=standard $r --seed=2
-        run 24_leapfrog_2_$rate $deep --scheme=leapfrog --h=0.0625 $r --seed=2
-        run 24_symplectic_2_$rate $deep --scheme=symplectic $r --seed=2
-    done
+    run 24_standard_2_half $deep --scheme=standard $r4 --seed=2
 }
 
 # SmolLM2: 153,600 tokens of Debian's documents, and the losses of both texts
@@ -72,7 +65,7 @@ tune() {            # a name, the last step, and flags
         --lr_decay_iters=150 --eval_interval=1000 --log_interval=5 --max_iters=$2 --out_dir=out_tune_$1 \
         "${@:3}"
 }
-judge() {           # a name, and perhaps --as_standard=True: losses, the deployed model. Then its 1.6 GB go
+judge() {           # a name, and perhaps --as_standard=True: losses, the deployed model. Checkpoints go
     python evaluate.py --init_from=out_tune_$1/last.pt --datasets=debian,stdlib --block_size=512 \
         --eval_windows=24 --batch_size=4 --dtype=bfloat16 --json=$logs/tune_$1.json "${@:2}"
     rm -rf deployed/$1
@@ -100,6 +93,7 @@ all="0.2 0.1 0.05"
 high="--learning_rate=2e-4 --min_lr=1e-4"
 
 tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
+    ln -sfn ../weights deployed/weights         # export.py needs the tokenizer
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
     lands standard 0.1 --scheme=standard
     for k in 8 4 2 1; do
@@ -111,7 +105,8 @@ tuned() {           # the bits of a layer, where they are not alike, are retrofi
     bits 1spread "$all" --scheme=midpoint_a --a=$ones
     lands 1spreadhigh 0.1 --scheme=midpoint_a --a=$ones $high
     lands standardhigh 0.1 --scheme=standard $high
-    python results/int8.py data/debian deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
+    [ -e $logs/int8.json ] || python results/int8.py data/debian \
+        deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
     for name in standard 8 4 4_0.1 4spread 4spread_0.1 1spread_0.1; do
         [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
             --dtype=bfloat16 --json=$logs/piqa_$name.json
