@@ -335,8 +335,6 @@ def test_files_that_are_damaged_are_refused_in_a_sentence(tmp_path):
     (tmp_path / 'model.safetensors.index.json').unlink()
     refused('tokenizer.json', b'', 'has no model.safetensors')
     refused('config.json', b'{', 'config.json cannot be read')
-    with pytest.raises(ValueError, match='tokenizer.json cannot be read'):
-        tokenizer(dict(encoding='tokenizer.json', model=name))
     name = str(tmp_path / 'ckpt.pt')
     refused('ckpt.pt', content, 'is damaged, cut off, or not written')
 
@@ -359,6 +357,9 @@ def test_text_in_the_tokens_of_a_llama(tmp_path):
     (tmp_path / 'text.txt').write_bytes(b'caf\xe9')
     with pytest.raises(ValueError, match='text.txt is not text in UTF-8'):
         prepare_text([str(tmp_path / 'text.txt')], folder, tmp_path)
+    (tmp_path / 'model' / 'tokenizer.json').write_bytes(b'')
+    with pytest.raises(ValueError, match='tokenizer.json cannot be read'):
+        tokenizer(meta)
 
 TEMPLATE = '''{{ bos_token }}{% for message in messages %}
     {% if message.role == "user" %}
