@@ -4,7 +4,7 @@
 # Llama's rms_norm_eps, or refuses what it does not know, as it does for the types of rotary positions. Found,
 # with small random models that transformers 5.24.0 writes:
 #
-#     in config.json                              largest difference of logits (largest logit 5)
+#     in config.json                              largest difference of logits, which reach 5
 #     the defaults                                4e-6
 #     activation_function 'gelu'                  4e-6
 #     n_inner 40                                  4e-6
