@@ -105,7 +105,7 @@ tuned() {           # the bits of a layer, where they are not alike, are retrofi
     bits 1spread "$all" --scheme=midpoint_a --a=$ones
     lands 1spreadhigh 0.1 --scheme=midpoint_a --a=$ones $high
     lands standardhigh 0.1 --scheme=standard $high
-    [ -e $logs/int8.json ] || python results/int8.py data/debian \
+    [ -e $logs/int8.json ] || python results/int8.py debian \
         deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
     for name in standard 8 4 4_0.1 4spread 4spread_0.1 1spread_0.1; do
         [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
