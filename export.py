@@ -106,6 +106,7 @@ def to_transformers(model, meta, source, target):
                bos_token_id=ends.get('bos_token_id'), eos_token_id=ends.get('eos_token_id'))
     if family == 'gpt2':
         own['activation_function'] = 'gelu_new' if config.gelu == 'tanh' else 'gelu'
+        own['n_ctx'] = config.block_size        # OpenAI's has it; llama.cpp's converter wants it
         own.update(dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout))
         for module in model.transformer.modules():
             if getattr(module, 'bias', 0) is None:              # theirs has biases everywhere

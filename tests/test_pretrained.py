@@ -405,6 +405,9 @@ def test_transformers_reads_what_is_written(config, tmp_path):
     assert error(logits(again), logits(ours)) <= 1e-5
     for name in ('block_size', 'tied', 'scheme', 'gelu'):
         assert getattr(again.config, name) == getattr(ours.config, name)
+    their_config = json.loads((tmp_path / 'folder' / 'config.json').read_text())
+    # llama.cpp's converter wants n_ctx of a GPT-2
+    assert their_config['model_type'] == 'llama' or their_config['n_ctx'] == ours.config.block_size
 
 def test_its_tokenizer_goes_along(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
