@@ -1,10 +1,16 @@
 # Landing on a standard model: the tables of results/landing.md, but for the rows of older commits. Days on a
-# core. It skips what has a file in results/landing: delete the csv of the runs to make anew, and piqa_*.json
-# and int8.json. The weights and texts of SmolLM2 are those of smollm2.sh, which makes them first.
+# core. It skips what has a file in results/landing: delete the csv of the runs to make anew, and the json of
+# piqa_*, int8 and llamacpp. These need folders in deployed/, so delete the csv of their runs, too. smollm2.sh
+# makes the weights and texts of SmolLM2: run it first.
 #
 #     pip install -r requirements.txt tokenizers transformers==5.24.0 ctranslate2==4.8.5
+#     pip install sentencepiece==0.2.3 xllamacpp==2026.10.11549
 #     python data/python/prepare.py && OMP_NUM_THREADS=1 bash results/landing.sh scratch
-#     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bash results/landing.sh tuned
+#     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CONVERTER=some/convert_hf_to_gguf.py bash results/landing.sh tuned
+#
+# CONVERTER is llama.cpp's. Ours is in vendor/llama.cpp of the sources of llama-cpp-python 0.3.36:
+#
+#     pip download --no-deps --no-binary llama-cpp-python -d deployed llama-cpp-python==0.3.36
 set -eu
 trap "exit 130" INT          # or the next run would begin
 logs=results/landing
@@ -44,6 +50,7 @@ scratch() {
         run 24_standard_$s $deep --scheme=standard $r8 --seed=$s
         run 24_standard_${s}_0.1 $deep --scheme=standard $r8 --land_part=0.1 --seed=$s
         run 24_leapfrog_$s $deep --scheme=leapfrog --h=0.0625 $r8 --seed=$s
+        run 24_leapfrog_${s}_half $deep --scheme=leapfrog --h=0.0625 $r4 --seed=$s
         run 24_symplectic_$s $deep --scheme=symplectic $r8 --seed=$s
         run 12_land1_${s}_0.1 $long $fly1 $r8 --land_part=0.1 --seed=$s
         run 24_land1_${s}_0.1 $deep $fly1 $r8 --land_part=0.1 --seed=$s
@@ -56,6 +63,7 @@ scratch() {
     landings 12_land_2 "0.05 0.02 0.005" $fly $r8 --seed=2
     run 12_flight_2 $long $fly $r8 --seed=2
     run 24_standard_2_half $deep --scheme=standard $r4 --seed=2
+    run 24_symplectic_2_half $deep --scheme=symplectic $r4 --seed=2
 }
 
 # SmolLM2: 153,600 tokens of Debian's documents, and the losses of both texts
@@ -93,9 +101,10 @@ all="0.2 0.1 0.05"
 high="--learning_rate=2e-4 --min_lr=1e-4"
 
 tuned() {           # the bits of a layer, where they are not alike, are retrofit.py's (smollm2/tuned.txt)
+    [ -e $logs/llamacpp.json ] || : "${CONVERTER:?is missing: see the head of results/landing.sh}"
     ln -sfn ../weights deployed/weights         # export.py needs the tokenizer
     [ -e $logs/tune_standard.csv ] || { tune standard 150; judge standard; }
-    lands standard 0.1 --scheme=standard
+    lands standard "$all" --scheme=standard
     for k in 8 4 2 1; do
         bits $k "$all" --bits=$k
     done
@@ -107,7 +116,9 @@ tuned() {           # the bits of a layer, where they are not alike, are retrofi
     lands standardhigh 0.1 --scheme=standard $high
     [ -e $logs/int8.json ] || python results/int8.py debian \
         deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
-    for name in standard 8 4 4_0.1 4spread 4spread_0.1 1spread_0.1; do
+    [ -e $logs/llamacpp.json ] || python results/llamacpp.py "$CONVERTER" debian \
+        deployed/{standard,8,4spread_0.1}
+    for name in standard{,_0.1} 8{,_0.1} 4{,_0.1} 4spread{,_0.1} 2{,_0.1} 2spread{,_0.1} 1_0.1 1spread_0.1; do
         [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
             --dtype=bfloat16 --json=$logs/piqa_$name.json
     done
