@@ -11,6 +11,7 @@
 # CONVERTER is llama.cpp's. Ours is in vendor/llama.cpp of the sources of llama-cpp-python 0.3.36:
 #
 #     pip download --no-deps --no-binary llama-cpp-python -d deployed llama-cpp-python==0.3.36
+#     tar xzf deployed/llama_cpp_python-0.3.36.tar.gz -C deployed
 set -eu
 trap "exit 130" INT          # or the next run would begin
 logs=results/landing
