@@ -275,7 +275,8 @@ def throughput():
         for model in models.values():           # all models share their weights
             model.load_state_dict(weights, assign=True)
         optimizer = adamw(model)
-        times = {name: [] for name in ('standard', 'checkpointed', *cases)}         # seconds per token
+        # seconds per token; the first three stay empty if they are no cases
+        times = {name: [] for name in ('standard', 'checkpointed', 'nanogpt', *cases)}
         for turn in range(1 + knobs.repeats):
             for name in [name for name in cases[::1 if turn % 2 else -1] if sizes[name]]:
                 torch.cuda.empty_cache()
@@ -285,16 +286,12 @@ def throughput():
                     times[name].append(seconds / (3 * sizes[name] * shape['block_size']))
         for name in cases:
             ratio = {other: [x / y for x, y in zip(times[name], times[other])] for other in times}   # by turn
-            beside_nanogpt = {}
-            if 'nanogpt' in cases:
-                columns = 'time to nanogpt', 'lower quartile', 'upper quartile'
-                beside_nanogpt = spread(columns, ratio['nanogpt'], 0.25)
             row(name, GB=gigabytes, batch=sizes[name] or 'does not fit',
                 **{'stored layers': models[name].config.stored_layers},
                 **spread(['tokens/s', 'lowest', 'highest'], [1 / x for x in times[name]]),
                 **spread(['time to standard', 'least', 'most'], ratio['standard']),
                 **spread(['time to checkpointed'], ratio['checkpointed']),
-                **beside_nanogpt,
+                **spread(['time to nanogpt', 'lower quartile', 'upper quartile'], ratio['nanogpt'], 0.25),
                 all_seconds=[x * sizes[name] * shape['block_size'] for x in times[name]])
         models = model = optimizer = weights = None     # leaves the GPU to the next budget
 
