@@ -119,7 +119,7 @@ tuned() {           # the bits of a layer, where they are not alike, are retrofi
         deployed/{standard,standard_0.1,8,4spread,4spread_0.1,1spread_0.1}
     [ -e $logs/llamacpp.json ] || python results/llamacpp.py "$CONVERTER" debian \
         deployed/{standard,8,4spread_0.1}
-    for name in standard{,_0.1} 8{,_0.1} 4{,_0.1} 4spread{,_0.1} 2{,_0.1} 2spread{,_0.1} 1_0.1 1spread_0.1; do
+    for name in {standard,8,4spread,4,2spread,2,1spread,1}{,_0.2,_0.1,_0.05}; do
         [ -e $logs/piqa_$name.json ] || python evaluate.py --init_from=deployed/$name --tasks=piqa \
             --dtype=bfloat16 --json=$logs/piqa_$name.json
     done
