@@ -218,8 +218,10 @@ if __name__ == '__main__':
         say(f'[{j}] {name}')
         model, meta = build(source, dropout=0.0)
         model.to(here.device).eval()
+        if knobs.as_standard:
+            nearest = as_standard(model.config)         # raises an error before hours of work
         if standard:
-            model.config = as_standard(model.config)
+            model.config = nearest
         report[name] = dict(tasks={}, datasets={})
         for task in tasks:
             report[name]['tasks'][task] = accuracy(task, model, meta, knobs, here)

@@ -22,9 +22,8 @@ import torch
 
 from configurator import explain
 from data.download import write_atomically
-from pretrained import (FIELDS, THEIRS, as_standard, build, find, is_checkpoint, read_json, same_tokens,
-                        tensors_of)
-from runtime import load_checkpoint, open_data, save_checkpoint, validation_loss
+from pretrained import FIELDS, THEIRS, as_standard, build, find, is_checkpoint, read_json, tensors_of
+from runtime import load_checkpoint, open_data, read_meta, save_checkpoint, validation_loss
 
 ARCHITECTURES = dict(gpt2=('transformer.', 'GPT2LMHeadModel'), llama=('model.', 'LlamaForCausalLM'))
 TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
@@ -78,12 +77,11 @@ def compare_losses(source, model, standard, meta):
     """Prints the validation loss of the model, and that as this standard net, if its data are here."""
     knobs = load_checkpoint(source, ('model', 'config')).get('knobs', {}) if is_checkpoint(source) else {}
     dataset = knobs.get('dataset', '')
-    if not os.path.exists(f'data/{dataset}/val.bin'):
-        return print('there are no data to compare the two losses on')
+    if read_meta(Path('data', dataset)) != meta:
+        return print('the two losses are not compared: the data that it was trained on are not here')
     how = SimpleNamespace(dataset=dataset, block_size=knobs['block_size'], eval_windows=48, batch_size=4)
     here = SimpleNamespace(device=torch.device('cpu'), autocast=nullcontext())
-    its_meta, _, data = open_data(how)
-    same_tokens(source, meta, f'data/{dataset}', its_meta)
+    _, _, data = open_data(how)
     losses = []
     for config in (model.config, standard):
         model.config = config

@@ -111,7 +111,7 @@ class GPTConfig:
             unset = numbers == [None] * self.n_layer or later
             finite = all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
             right = unset or (finite and len(numbers) == self.n_layer)
-            must(right, f'{name} must be a finite number, or n_layer of them')
+            must(right, f"{name} must be a finite number, n_layer of them, or of midpoint_a '{word}'")
         for a in self.per_layer('a'):
             if a not in (None, 'random'):
                 n, denominator = float(a).as_integer_ratio()    # in lowest terms, over a power of two

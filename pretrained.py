@@ -240,7 +240,8 @@ def reversible(config, scheme='midpoint_a', a=None, h=None):
     if config.a == 'random':
         raise ValueError('midpoint_a of a trained model needs its a: give --bits=4, or --a=-0.0625')
     if scheme == 'midpoint_a' and h is None:
-        return replace(config, a=config.per_layer('a'), h='once')
+        a = config.per_layer('a')
+        return replace(config, a=a, h=step_sizes(a))
     return config
 
 def as_standard(config):
@@ -252,21 +253,22 @@ def as_standard(config):
                          "train.py --bits, --h=once and retrofit.py have it")
     return replace(config, scheme='standard', a=None, h=None, stored_layers=None)
 
-def landed(config, left):
+def landed(config, departure, left):
     """
-    The GPTConfig of midpoint_a with |a| times left, and 1 / 256 at least. It is rounded to n / 2^k with n up
-    to 8: so it can be undone, a step needs few bits more than the one before, and n * v stays in its range.
-    A standard net stays as it is.
+    The GPTConfig of midpoint_a with left times the |a| of its departure, 1 / 256 at least, and at most what
+    it has. It is rounded to n / 2^k with n up to 8: so it can be undone, a step needs few bits more than the
+    one before, and n * v stays in its range. A standard net stays as it is.
     """
     if config.scheme == 'standard':
         return config
 
-    def rounded(x):
-        size = max(abs(x) * left, 1 / 256)
+    def lowered(x, first):
+        size = max(abs(first) * left, 1 / 256)
         grid = max(2.0**(math.ceil(math.log2(size)) - 3), 1 / 256)
-        return math.copysign(round(size / grid) * grid, x)
+        return math.copysign(min(abs(x), round(size / grid) * grid), x)
 
-    return replace(config, a=[rounded(x) for x in config.per_layer('a')], h='once')
+    first = replace(config, a=departure).per_layer('a')
+    return replace(config, a=list(map(lowered, config.per_layer('a'), first)), h='once')
 
 @torch.no_grad()
 def fit_range(model, idx, here):

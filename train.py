@@ -147,7 +147,8 @@ departure = checkpoint.get('departure', config.a)
 if knobs.max_iters - step >= landing:       # not in the middle of a landing
     departure = config.a
 if landing:
-    as_standard(config)                     # raises an error if there is no way to it
+    as_standard(config)                     # this and the next raise an error if there is no way to it
+    ground = landed(config, config.a, 0)    # 8 bits in all layers
     if landing < 2:
         raise ValueError(f'land_part = {knobs.land_part} is {landing:.3g} steps: a landing takes 2 or more')
     knobs.min_lr = knobs.learning_rate / 2  # the net changes while it lands: that takes a rate to learn by
@@ -155,8 +156,7 @@ if config.vocab_size < meta['vocab_size'] or config.block_size < knobs.block_siz
     raise ValueError(f'vocab_size = {config.vocab_size} or block_size = {config.block_size} is too small: '
                      f"needed are {meta['vocab_size']} and {knobs.block_size}")
 if auto:
-    # a landing ends with 8 bits in all layers
-    config.stored_layers = most_stored_layers(landed(config, 0) if landing else config, knobs, here)
+    config.stored_layers = most_stored_layers(ground if landing else config, knobs, here)
 if theirs and config.scheme != 'standard' and config.exact and knobs.fractional_bits is None:
     fit_range(model, windows(val_data, [0], knobs.block_size, here.device)[0], here)
     config = model.config
@@ -199,7 +199,7 @@ while step < knobs.max_iters:
     ahead = (knobs.max_iters - step) / landing if landing else math.inf
     if ahead <= 1:
         lr *= ahead
-        config = landed(replace(config, a=departure), max(0.0, 2 * ahead - 1))
+        config = landed(config, departure, max(0.0, 2 * ahead - 1))
         model.config = config
     for group in optimizer.param_groups:
         group['lr'] = lr

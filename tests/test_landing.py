@@ -2,6 +2,7 @@
 What must be true of a landing, from midpoint_a to the standard net:  python -m pytest tests/test_landing.py
 """
 import csv
+import json
 import signal
 import subprocess
 
@@ -10,7 +11,7 @@ import torch
 
 from export import export
 from model import GPT, GPTConfig, step_sizes
-from pretrained import as_standard, build, landed
+from pretrained import as_standard, build, landed, reversible
 from runtime import load_checkpoint
 from test_reversible import batch, build as tiny, error, gradients
 from test_scripts import SMALL, assert_same_weights, command, complaint, place, rows, run, train
@@ -25,12 +26,16 @@ def test_once_is_one_over_the_layers_above_at_zero_bits():
         with pytest.raises(ValueError, match="h = 'once' needs an a of one sign, such as --a=-1"):
             GPTConfig(scheme='midpoint_a', a=a, h='once', n_layer=4)
 
+def test_a_trained_model_may_get_an_a_of_both_signs():
+    config = reversible(GPTConfig(scheme='standard', n_layer=3), a=[0.5, -0.5, 0.5])
+    assert config.h == [1.5, 0.5, 1.5]
+
 @pytest.mark.parametrize('a', [-1.0, -1 / 16, [-1.0, -0.5, -0.25]], ids=str)
 def test_a_landing_falls_on_a_grid_that_can_be_undone(a):
     config = GPTConfig(scheme='midpoint_a', a=a, h='once', n_layer=3)
     sizes = []
     for part in range(101):
-        now = landed(config, 1 - part / 100)
+        now = landed(config, config.a, 1 - part / 100)
         sizes.append([abs(x) for x in now.a])
         assert now.h == step_sizes(now.a) and all(x < 0 for x in now.a)
         assert all(step.bits <= 8 and abs(step.n) <= 8 for step in now.coefficients())
@@ -41,7 +46,7 @@ def test_a_landing_falls_on_a_grid_that_can_be_undone(a):
 @pytest.mark.parametrize('left', [0.9, 0.4, 0.1, 0.0])
 def test_gradients_on_the_way_are_equal_bit_for_bit(left):
     """Stored and rebuilt, weights x8."""
-    config = landed(GPTConfig(scheme='midpoint_a', a=-1, h='once', n_layer=3), left)
+    config = landed(GPTConfig(scheme='midpoint_a', a=-1, h='once', n_layer=3), -1, left)
     fields = dict(scheme='midpoint_a', a=config.a, h=config.h, n_layer=3)
     assert error(gradients(tiny(8, **fields)), gradients(tiny(8, stored_layers=3, **fields))) == 0
 
@@ -51,7 +56,7 @@ def test_near_the_ground_it_is_the_standard_net():
     idx = batch()[0]
     logits = far(idx)[0]
     ground = far.config
-    far.config = landed(ground, 0)
+    far.config = landed(ground, -1, 0)
     near = far(idx)[0]
     far.config = as_standard(ground)
     standard = far(idx)[0]
@@ -95,12 +100,14 @@ def test_of_a_standard_net_only_the_rate_lands(place):
     landed, standard = ([row['lr'] for row in logged(place, name)] for name in ('landed', 'standard'))
     assert landed == standard
 
-def test_what_has_landed_stays_down_if_it_goes_on(place):
+@pytest.mark.parametrize('steps', [11, 16])
+def test_what_has_landed_stays_down_if_it_goes_on(place, steps):
     """With more steps it lands again, from where it is. It does not go back to its first a."""
-    run(place, 'train.py', out_dir='on', **LAND)
-    run(place, 'train.py', **dict(LAND, out_dir='on', init_from='resume', max_iters=16))
-    sizes = [float(row['a']) for row in logged(place, 'on') if row['a']]
-    assert sizes[0] == 1 and len(sizes) == 16 and set(sizes[8:]) == {1 / 256}
+    name = f'on{steps}'
+    run(place, 'train.py', out_dir=name, **LAND)
+    run(place, 'train.py', **dict(LAND, out_dir=name, init_from='resume', max_iters=steps))
+    sizes = [float(row['a']) for row in logged(place, name) if row['a']]
+    assert sizes[0] == 1 and len(sizes) == steps and set(sizes[8:]) == {1 / 256}
 
 def test_a_landing_goes_on_with_another_number_of_processes(place):
     """Within rounding: two processes add up their gradients in another order."""
@@ -124,12 +131,13 @@ def test_processes_and_shards_land_alike(place):
     (dict(scheme='leapfrog', a=None, h=None), "leapfrog is near no standard net: only midpoint_a with h ="),
     (dict(h=0.25), "only midpoint_a with h = 'once' is"),
     (dict(a='random', h=0.25), "only midpoint_a with h = 'once' is"),
+    (dict(a=[0.5, -0.5, 0.5], h=[1.5, 0.5, 1.5]), "h = 'once' needs an a of one sign"),
     (dict(land_part=0.2), 'land_part = 0.2 is 1.6 steps: a landing takes 2 or more'),
     (dict(land_part=1.5), 'land_part = 1.5 must be from 0 to 1')])
 def test_what_cannot_land_is_one_sentence(place, flags, words):
     assert words in complaint(place, 'train.py', **{**LAND, **flags})
 
-def test_export_as_the_standard_net_says_both_losses(place, capsys, monkeypatch):
+def test_export_as_the_standard_net_says_both_losses(place, tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip('transformers')
     train(place, 'to_export', **LAND)
     monkeypatch.chdir(place)
@@ -137,6 +145,12 @@ def test_export_as_the_standard_net_says_both_losses(place, capsys, monkeypatch)
         export('to_export/last.pt', 'refused')
     export('to_export/last.pt', 'deployed', standard=True)
     said = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)             # where other data have this name
+    (tmp_path / 'data' / 'tiny').mkdir(parents=True)
+    (tmp_path / 'data' / 'tiny' / 'meta.json').write_text('{"encoding": "gpt2"}')
+    export(str(place / 'to_export' / 'last.pt'), 'elsewhere', standard=True)
+    assert 'the data that it was trained on are not here' in capsys.readouterr().out
+    monkeypatch.chdir(place)
     assert 'validation loss on data/tiny: ' in said and 'as the standard net' in said
     ours, _ = build('deployed')
     theirs = transformers.AutoModelForCausalLM.from_pretrained('deployed').eval()
@@ -148,3 +162,16 @@ def test_export_as_the_standard_net_says_both_losses(place, capsys, monkeypatch)
     model = GPT(GPTConfig(scheme='leapfrog', n_layer=1, n_embd=16, n_head=2, vocab_size=8))
     with pytest.raises(ValueError, match='leapfrog is near no standard net'):
         as_standard(model.config)
+
+def test_evaluation_as_the_standard_net(place, tmp_path):
+    """Both losses are in the report. Where there is no standard net, it says so before any work."""
+    train(place, 'to_judge', **LAND)
+    report = tmp_path / 'report.json'
+    flags = dict(datasets='tiny', eval_windows=4, as_standard=True, json=report)
+    run(place, 'evaluate.py', init_from='to_judge/last.pt', **flags)
+    near, standard = (row['datasets']['tiny']['loss'] for row in json.loads(report.read_text()).values())
+    assert near != standard == pytest.approx(near, abs=2e-3)
+    train(place, 'leapfrog', **dict(SMALL, scheme='leapfrog'))
+    said = complaint(place, 'evaluate.py', init_from='leapfrog/last.pt', **flags)
+    assert 'leapfrog is near no standard net' in said
+    assert json.loads(report.read_text()) == {}

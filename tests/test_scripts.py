@@ -385,7 +385,7 @@ def test_resume_refuses_another_model_and_takes_the_other_knobs(place, whole):
     (dict(scheme='midpoint_a', a=2), 'a = 2 cannot be undone exactly'),
     (dict(scheme='midpoint_a', a=0.0), 'a = 0.0 cannot be undone exactly'),
     (dict(scheme='midpoint_a', a=1 / 512), 'k up to 8'),
-    (dict(scheme='midpoint_a', a=[0.5]), 'a must be a finite number, or n_layer of them'),
+    (dict(scheme='midpoint_a', a=[0.5]), "a must be a finite number, n_layer of them, or of midpoint_a 'random'"),
     (dict(scheme='symplectic', h=0.5), 'symplectic has no h to choose'),
     (dict(scheme='standard', h=0.5), 'standard has no h to choose'),
     (dict(scheme='leapfrog', a=0.5), 'leapfrog has no a to choose'),
