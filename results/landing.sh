@@ -30,6 +30,8 @@ fly="--scheme=midpoint_a --a=-1 --h=once"
 fly1="--scheme=midpoint_a --a=-0.5 --h=once"        # 1 bit
 r8="--learning_rate=8e-3 --min_lr=8e-4"
 r4="--learning_rate=4e-3 --min_lr=4e-4"
+r2="--learning_rate=2e-3 --min_lr=2e-4"
+r16="--learning_rate=16e-3 --min_lr=16e-4"
 long="--eval_interval=1172"
 deep="--n_layer=24 --stored_layers=24 --max_iters=732 --eval_interval=586"
 
@@ -42,11 +44,24 @@ landings() {        # a name, the parts, and flags: one flight of four fifths, t
     done
 }
 
+rates() {           # a name, and a rate: what seed 2 does with it
+    run 12_land1_2_$1 $long $fly1 $2 --land_part=0.1 --seed=2
+    run 12_land_2_$1 $long $fly $2 --land_part=0.1 --seed=2
+    run 12_standard_2_${1}_0.1 $long --scheme=standard $2 --land_part=0.1 --seed=2
+    run 12_symplectic_2_$1 $long --scheme=symplectic $2 --seed=2
+    run 24_land1_2_$1 $deep $fly1 $2 --land_part=0.1 --seed=2
+    run 24_land_2_$1 $deep $fly $2 --land_part=0.1 --seed=2
+    run 24_standard_2_${1}_0.1 $deep --scheme=standard $2 --land_part=0.1 --seed=2
+    run 24_symplectic_2_$1 $deep --scheme=symplectic $2 --seed=2
+}
+
 scratch() {
     for s in 2 3 4; do
         landings 12_land_$s "0.2 0.1" $fly $r8 --seed=$s
         run 12_standard_$s $long --scheme=standard $r8 --seed=$s
         run 12_standard_${s}_0.1 $long --scheme=standard $r8 --land_part=0.1 --seed=$s
+        run 12_standard_${s}_0.2 $long --scheme=standard $r8 --land_part=0.2 --seed=$s
+        run 12_leapfrog_${s}_half $long --scheme=leapfrog --h=0.125 $r4 --seed=$s
         run 24_land_$s $deep $fly $r8 --land_part=0.1 --seed=$s
         run 24_standard_$s $deep --scheme=standard $r8 --seed=$s
         run 24_standard_${s}_0.1 $deep --scheme=standard $r8 --land_part=0.1 --seed=$s
@@ -63,8 +78,13 @@ scratch() {
     run 12_land_5_0.1 $long $fly $r8 --land_part=0.1 --seed=5
     landings 12_land_2 "0.05 0.02 0.005" $fly $r8 --seed=2
     run 12_flight_2 $long $fly $r8 --seed=2
-    run 24_standard_2_half $deep --scheme=standard $r4 --seed=2
-    run 24_symplectic_2_half $deep --scheme=symplectic $r4 --seed=2
+    rates half "$r4"
+    rates double "$r16"
+    run 12_leapfrog_2_quarter $long --scheme=leapfrog --h=0.125 $r2 --seed=2
+    run 24_leapfrog_2_quarter $deep --scheme=leapfrog --h=0.0625 $r2 --seed=2
+    landed=$(ls -d out_*_land*/last.pt | grep -v flight | paste -sd,)
+    [ -e $logs/as_standard.json ] || python evaluate.py --init_from=$landed --datasets=python --block_size=128 \
+        --eval_windows=512 --batch_size=16 --as_standard=True --json=$logs/as_standard.json
 }
 
 # SmolLM2: 153,600 tokens of Debian's documents, and the losses of both texts
