@@ -1,7 +1,7 @@
 # Landing on a standard model: the tables of results/landing.md, but for the rows of older commits. Days on a
 # core. It skips what has a file in results/landing: delete the csv of the runs to make anew, and the json of
-# piqa_*, int8 and llamacpp. These need folders in deployed/, so delete the csv of their runs, too. smollm2.sh
-# makes the weights and texts of SmolLM2: run it first.
+# piqa_*, int8, llamacpp and as_standard. These need folders in deployed/ or checkpoints: delete the csv of
+# their runs, too. smollm2.sh makes the weights and texts of SmolLM2: run it first.
 #
 #     pip install -r requirements.txt tokenizers transformers==5.24.0 ctranslate2==4.8.5
 #     pip install sentencepiece==0.2.3 xllamacpp==2026.10.11549
@@ -83,8 +83,8 @@ scratch() {
     run 12_leapfrog_2_quarter $long --scheme=leapfrog --h=0.125 $r2 --seed=2
     run 24_leapfrog_2_quarter $deep --scheme=leapfrog --h=0.0625 $r2 --seed=2
     landed=$(ls -d out_*_land*/last.pt | grep -v flight | paste -sd,)
-    [ -e $logs/as_standard.json ] || python evaluate.py --init_from=$landed --datasets=python --block_size=128 \
-        --eval_windows=512 --batch_size=16 --as_standard=True --json=$logs/as_standard.json
+    [ -e $logs/as_standard.json ] || python evaluate.py --init_from=$landed --datasets=python \
+        --block_size=128 --eval_windows=512 --batch_size=16 --as_standard=True --json=$logs/as_standard.json
 }
 
 # SmolLM2: 153,600 tokens of Debian's documents, and the losses of both texts
