@@ -135,7 +135,8 @@ def test_processes_and_shards_land_alike(place):
     (dict(land_part=0.2), 'land_part = 0.2 is 1.6 steps: a landing takes 2 or more'),
     (dict(land_part=1.5), 'land_part = 1.5 must be from 0 to 1')])
 def test_what_cannot_land_is_one_sentence(place, flags, words):
-    assert words in complaint(place, 'train.py', **{**LAND, **flags})
+    assert words in complaint(place, 'train.py', **{**LAND, 'out_dir': 'refused', **flags})
+    assert not (place / 'refused').exists()                 # not after half of the run
 
 def test_export_as_the_standard_net_says_both_losses(place, tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip('transformers')
