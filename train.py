@@ -147,7 +147,7 @@ departure = checkpoint.get('departure', config.a)
 if knobs.max_iters - step >= landing:       # not in the middle of a landing
     departure = config.a
 if landing:
-    as_standard(config)                     # this and the next raise an error if there is no way to it
+    as_standard(config)                     # this and the next raise an error if there is no way down
     ground = landed(config, config.a, 0)    # 8 bits in all layers
     if landing < 2:
         raise ValueError(f'land_part = {knobs.land_part} is {landing:.3g} steps: a landing takes 2 or more')
